@@ -377,7 +377,7 @@ def from_folders(
         return _finish(tmp, dest, labels, {c: i for i,c in enumerate(sorted(set(labels.values())))})
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/01_data.ipynb #71e31cc9
+# %% ../nbs/01_data.ipynb #e0823f10
 def _wave(x): return np.tanh(4*np.sin(2*np.pi*x))
 def _cell(x): return x - np.floor(x) - .5
 
@@ -388,7 +388,7 @@ def _bricks(u, v):
 def _clouds(u, v):
     return np.tanh(1.5*sum(np.sin(2*np.pi*(a*u + b*v) + p) for a,b,p in [(.7,.2,0), (-.3,.8,1), (.5,-.6,2), (.2,.4,4), (-.9,-.1,5)]))
 
-_textures = dict( # in (u,v), the coordinates on the bent surface: 3 to 6 units across a photo
+_textures = dict( # in (u,v), the coordinates on the bent surface: 3.5 to 5.5 units across a photo
     stripes = (101, lambda u,v: _wave(u)),
     checks  = (207, lambda u,v: _wave(u/2)*_wave(v/2)),
     dots    = (281, lambda u,v: np.tanh(12*(.32 - np.hypot(_cell(u), _cell(v))))),
@@ -398,13 +398,13 @@ _textures = dict( # in (u,v), the coordinates on the bent surface: 3 to 6 units 
     clouds  = (640, _clouds),
     mesh    = (999, lambda u,v: np.tanh(12*(np.maximum(abs(_cell(u)), abs(_cell(v))) - .38))))
 
-# %% ../nbs/01_data.ipynb #9f79121f
+# %% ../nbs/01_data.ipynb #670437f3
 def _surface(h, w, rng):
     "Coordinates (u,v) on a surface that is turned, tilted and bent at random"
     y,x = (np.mgrid[:h,:w] - np.array([h, w])[:,None,None]*rng.uniform(.35, .65, (2,1,1)))/min(h, w)
-    a, scale = rng.uniform(0, 2*np.pi), rng.uniform(3, 6)
+    a, scale = rng.uniform(-.5, .5), rng.uniform(3.5, 5.5)
     u,v = np.cos(a)*x + np.sin(a)*y, np.cos(a)*y - np.sin(a)*x
-    far = 1 + rng.uniform(-.4, .4)*u + rng.uniform(-.4, .4)*v
+    far = 1 + rng.uniform(-.25, .25)*u + rng.uniform(-.25, .25)*v
     bend = rng.uniform(0, .05)*np.sin(rng.uniform(2, 5)*v + rng.uniform(0, 6))
     return scale*(u/far + bend), scale*v/far
 
@@ -416,8 +416,8 @@ def draw_photo(
     h,w = rng.integers(72, 161, 2)
     light = rng.uniform(.55, 1) + rng.uniform(-.4, .4)*np.linspace(-1, 1, w) + rng.uniform(-.3, .3)*np.linspace(-1, 1, h)[:,None]
     pattern = (_textures[label][1](*_surface(h, w, rng)) + 1)/2
-    dark, bright = rng.uniform(0, 110, 3), rng.uniform(140, 255, 3)
-    photo = (dark + pattern[...,None]*(bright - dark))*light.clip(.25, 1.2)[...,None] + rng.normal(0, rng.uniform(2, 14), (h,w,3))
+    dark, bright = rng.uniform(0, 90, 3), rng.uniform(160, 255, 3)
+    photo = (dark + pattern[...,None]*(bright - dark))*light.clip(.25, 1.2)[...,None] + rng.normal(0, rng.uniform(2, 10), (h,w,3))
     return Image.fromarray(photo.clip(0, 255).astype(np.uint8))
 
 # %% ../nbs/01_data.ipynb #9085469c

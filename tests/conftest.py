@@ -1,0 +1,53 @@
+"What several tests need: real photos where they are at hand, and a small set of drawn ones."
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+matplotlib.use('Agg')
+root = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session', autouse=True)
+def own_fastai_home(tmp_path_factory):
+    "fastai's folders in a temporary place: no test reads or changes what the user has"
+    os.environ['FASTAI_HOME'] = str(tmp_path_factory.mktemp('fastai'))
+
+
+def unpacked(name, tmp_path_factory):
+    archive = root.parent/'shared'/'data'/f'{name}.tar'
+    if not archive.exists(): pytest.skip(f'needs the real photos of {archive.parent.name}/{archive.name}, which are not here')
+    dest = tmp_path_factory.mktemp(name)
+    with tarfile.open(archive) as t: t.extractall(dest, filter='data')
+    return dest/name
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory):
+    "A folder of 59 real photographs, about 500×375, some grey"
+    return unpacked('photos', tmp_path_factory)
+
+
+@pytest.fixture(scope='session')
+def clothing(tmp_path_factory):
+    "Class folders of 640 real photographs"
+    return unpacked('clothing', tmp_path_factory)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    "A fresh small data set of drawn photos: (data_path, label_path, label_encoding)"
+    from resnet_fastai.data import demo_data
+    return demo_data(tmp_path/'drawn', sizes=dict(train=16, val=8, test=4))
+
+
+@pytest.fixture
+def edit():
+    "edit(path, change): apply a change to the object in a JSON file"
+    def apply(path, change):
+        obj = json.loads(path.read_text())
+        path.write_text(json.dumps(change(obj) or obj))
+    return apply

@@ -1,0 +1,161 @@
+"The recipe beside other people's code, and the properties that users rely on."
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import set_seed
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, TensorDataset
+
+from resnet_fastai.core import ResNet
+from resnet_fastai.data import demo_data, resnet_dls
+from resnet_fastai.training import Accumulate, PlateauLR, paper_sgd
+
+small = dict(size=32, arch='resnet18', bs=8, num_workers=0)
+
+
+class SayLoss(Callback):
+    "Gives the epoch a validation loss of our choice"
+    order = 55
+    def __init__(self, losses): self.losses = iter(losses)
+    def after_epoch(self): self.recorder.values[-1] = [0., next(self.losses)]
+
+
+def rates(losses, cuts, **kw):
+    "The learning rate after each epoch, over several fits"
+    dl = DataLoader(TensorDataset(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)))
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), nn.Linear(2, 2), loss_func=CrossEntropyLossFlat(), opt_func=paper_sgd, lr=.1,
+                    cbs=[SayLoss(losses), PlateauLR(**kw)])
+    found = []
+    class Note(Callback):
+        order = 70
+        def after_epoch(self): found.append(self.opt.hypers[-1]['lr'])
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(Note()):
+        for n in np.diff([0, *cuts, len(losses)]): learn.fit(int(n))
+    return found
+
+
+def torch_rates(losses, patience, min_delta):
+    opt = torch.optim.SGD([torch.zeros(1)], lr=.1)
+    plateau = ReduceLROnPlateau(opt, factor=.1, patience=patience, threshold=min_delta, threshold_mode='abs', eps=0)
+    found = []
+    for loss in losses:
+        plateau.step(loss)
+        found.append(opt.param_groups[0]['lr'])
+    return found
+
+
+@pytest.mark.parametrize('seed', range(100))
+def test_plateau_decides_as_torch_does(seed):
+    rng = random.Random(seed)
+    n = rng.randint(6, 24)
+    losses = [rng.choice([rng.randint(0, 8)/8, 1 - i/n, float('nan') if rng.random() < .2 else .5]) for i in range(n)]
+    kw = dict(patience=rng.randint(0, 4), min_delta=rng.choice([0, 1e-4, .125, .3]))
+    cuts = sorted(rng.sample(range(1, n), rng.randint(0, 3)))
+    np.testing.assert_allclose(np.log10(rates(losses, cuts, **kw)), np.log10(torch_rates(losses, **kw)), atol=1e-6)
+
+
+def test_a_rate_given_to_fit_wins_over_the_plateau():
+    dl = DataLoader(TensorDataset(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)))
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), nn.Linear(2, 2), loss_func=CrossEntropyLossFlat(), opt_func=paper_sgd, lr=.1, cbs=PlateauLR())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, lr=.03)
+    assert learn.opt.hypers[-1]['lr'] == .03
+
+
+@pytest.mark.parametrize('n,bs,micro_bs', [(50, 16, 8), (37, 16, 4), (33, 32, 8), (5, 256, 2)])
+def test_accumulated_updates_are_plain_updates(n, bs, micro_bs):
+    "Without BN, micro-batches give the weights of torch's SGD on whole batches, momentum and decay included"
+    torch.manual_seed(n)
+    x, y = torch.randn(n, 6), torch.randint(0, 4, (n,))
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+    theirs, ours = net(), net()
+    opt = torch.optim.SGD(theirs.parameters(), lr=.1, momentum=.9, weight_decay=1e-4)
+    for _ in range(4):
+        for xb, yb in zip(x.split(bs), y.split(bs)):
+            opt.zero_grad()
+            nn.functional.cross_entropy(theirs(xb), yb).backward()
+            opt.step()
+    dl = DataLoader(TensorDataset(x, y), batch_size=micro_bs)
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), ours, loss_func=CrossEntropyLossFlat(), opt_func=paper_sgd, lr=.1, wd_bn_bias=True, cbs=Accumulate(bs))
+    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+    for a, b in zip(theirs.parameters(), ours.parameters()): torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_permuting_the_encoding_permutes_the_outputs(drawn, tmp_path):
+    "Same seed, other indices, and the output layer's rows in the new order: every probability moves with its label"
+    photo = drawn.data_path/'test'/'test_00002.jpg'
+    encoding = json.loads(drawn.label_encoding.read_text())
+    labels = list(encoding)
+    moved = dict(zip(labels, [encoding[label] for label in labels[3:] + labels[:3]]))
+    (tmp_path/'moved.json').write_text(json.dumps(moved))
+    perm = torch.arange(1000)
+    for label in labels: perm[moved[label]] = encoding[label]
+    one, two = ResNet(*drawn, **small), ResNet(*drawn[:2], tmp_path/'moved.json', **small)
+    two.net.fc.weight.data, two.net.fc.bias.data = one.net.fc.weight.data[perm], one.net.fc.bias.data[perm]
+    for model in (one, two):
+        set_seed(1)
+        model.learn.dls.train.rng = random.Random(1)
+        model.fit(2)
+    p, q = one.predict(photo), two.predict(photo)
+    np.testing.assert_allclose([q[moved[label]] for label in labels], [p[encoding[label]] for label in labels], atol=1e-4)
+    assert [label for label, _ in one.predict_n(photo)] == [label for label, _ in two.predict_n(photo)]
+    assert abs(np.array([q[encoding[label]] for label in labels]) - [p[encoding[label]] for label in labels]).max() > 1e-3
+
+
+def test_the_order_of_json_entries_is_nothing(drawn, tmp_path):
+    shuffled = [tmp_path/'l.json', tmp_path/'e.json']
+    for path, new in zip(drawn[1:], shuffled): new.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
+    one, two = ResNet(*drawn, **small), ResNet(drawn[0], *shuffled, **small)
+    for model in (one, two): model.fit(1)
+    assert all(torch.equal(a, b) for a, b in zip(one.net.state_dict().values(), two.net.state_dict().values()))
+
+
+def test_renaming_photos_changes_nothing(drawn):
+    "Names carry no label: with new names (in the same order) and the ids renamed alike, training is the same to the bit"
+    one = ResNet(*drawn, **small)
+    one.fit(1)
+    labels = json.loads(drawn.label_path.read_text())
+    for split in ('train', 'val', 'test'):
+        for i, p in enumerate(sorted((drawn.data_path/split).iterdir())):
+            labels[f'{split[0]}{i:03}'] = labels.pop(p.stem)
+            p.rename(p.with_name(f'{split[0]}{i:03}.jpg'))
+    drawn.label_path.write_text(json.dumps(labels))
+    two = ResNet(*drawn, **small)
+    two.fit(1)
+    assert all(torch.equal(a, b) for a, b in zip(one.net.state_dict().values(), two.net.state_dict().values()))
+
+
+def test_two_fits_are_one(drawn):
+    "Weights, momentum, rate, plateau and history of fit(2)+fit(2) are those of fit(4), to the bit"
+    kw = small | dict(patience=0, min_delta=.3)
+    one, two = ResNet(*drawn, **kw), ResNet(*drawn, **kw)
+    one.fit(4)
+    two.fit(2)
+    two.fit(2)
+    assert all(torch.equal(a, b) for a, b in zip(one.net.state_dict().values(), two.net.state_dict().values()))
+    mom = [[s['grad_avg'] for s in m.learn.opt.state.values() if 'grad_avg' in s] for m in (one, two)]
+    assert len(mom[0]) and all(torch.equal(a, b) for a, b in zip(*mom))
+    pd_cols = ['epoch', 'train_loss', 'valid_loss', 'top1_error', 'top5_error', 'lr']
+    assert one.history[pd_cols].equals(two.history[pd_cols])
+    assert one.learn.plateau_lr.best == two.learn.plateau_lr.best and one.learn.plateau_lr.wait == two.learn.plateau_lr.wait
+    assert one.history.lr.nunique() > 1
+
+
+def test_a_first_reading_of_the_photos_draws_nothing_from_the_seed(tmp_path):
+    "The second start, with the statistics kept, trains as the first did"
+    paths = demo_data(tmp_path/'d', sizes=dict(train=16, val=8, test=4))
+    seen = []
+    for _ in range(2):
+        set_seed(3)
+        resnet_dls(*paths, bs=8, size=32, num_workers=0)
+        seen.append((torch.rand(1).item(), random.random(), np.random.rand()))
+    assert seen[0] == seen[1]

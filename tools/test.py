@@ -1,0 +1,22 @@
+"""Everything that has to be right, as one command: every step runs, and one that fails makes the whole fail."""
+import subprocess
+import sys
+import time
+
+steps = {'in step': [sys.executable, 'tools/in_step.py'],
+         'notebooks': ['nbdev-test', '--n_workers', '2', '--do_print', '--pause', '0'],
+         'docs': [sys.executable, 'tools/docs.py'],
+         'pytest': [sys.executable, '-m', 'pytest']}                  # last: its closing line is the last but one
+
+
+def main():
+    failed = []
+    for name, cmd in steps.items():
+        start = time.time()
+        print(f'── {name}: {" ".join(cmd[1:] if cmd[0] == sys.executable else cmd)}', flush=True)
+        if subprocess.run(cmd).returncode: failed.append(name)
+        print(f'── {name}: {"failed" if name in failed else "passed"} in {time.time()-start:.0f} s', flush=True)
+    if failed: sys.exit(f'failed: {", ".join(failed)}')
+
+
+if __name__ == '__main__': main()
