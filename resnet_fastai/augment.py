@@ -8,7 +8,7 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/augment.html.md"""
 __all__ = ['resize_short', 'in_proportion', 'jitter_sides', 'random_box', 'five_boxes', 'ScaleJitterCrop', 'color_moments',
            'survey', 'ColorStats', 'read_stats', 'PCALighting', 'recipe']
 
-# %% ../nbs/02_augment.ipynb #e80d65b1
+# %% ../nbs/02_augment.ipynb #887b3481
 import hashlib
 import json
 import os
@@ -22,7 +22,6 @@ from fastai.torch_core import TensorImage
 from fastai.vision.augment import FlipItem, RandTransform
 from fastai.data.external import fastai_path
 from fastcore.basics import defaults, patch
-from fasttransform import Transform
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -241,8 +240,8 @@ def read_stats(
     if not good['val']: raise PhotoError(f"none of the {len(photos['val']):,} validation photos can be read")
     return found[0], good
 
-# %% ../nbs/02_augment.ipynb #9a948049
-class PCALighting(Transform):
+# %% ../nbs/02_augment.ipynb #1f26c7bd
+class PCALighting(RandTransform):
     "Shift the colours of each training photo along the axes of the training set's colours"     # §3.4; AlexNet §4.1
     order,split_idx = 20,0                      # after the division by 255 (10), before the mean goes (99); training only
     def __init__(self,

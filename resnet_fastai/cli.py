@@ -54,3 +54,40 @@ def demo(
         error = evaluate(model, protocol='50crop').top1_error[0]
     typer.echo(f'50-crop top-1 on {len(test)} test photos: {1-error:.1%} right (chance {1/len(model.labels):.1%})')
     typer.echo(f'look at {folder}/curves.png and {folder}/predictions.png; the model is in {folder}/model')
+
+# %% ../nbs/07_cli.ipynb #21151034
+@app.command('train')
+def _train(
+    data_path: Annotated[str, typer.Argument(help='Folder with train/ and val/, or the URL of an archive of one')],
+    label_path: Annotated[Path, typer.Argument(help='JSON {image id: label}')],
+    label_encoding: Annotated[Path, typer.Argument(help='JSON {label: index}')],
+    model: Annotated[Path, typer.Option(help='A new folder for the trained model')],
+    epochs: Annotated[int, typer.Option(help='Passes over the training photos')] = 5,
+    arch: Annotated[str, typer.Option(help='The network')] = 'resnet50',
+    size: Annotated[int, typer.Option(help='Side of the crop, pixels')] = 224,
+    bs: Annotated[int, typer.Option(help='Photos in an update')] = 256,
+    on_bad: Annotated[str, typer.Option(help="'error' or 'skip': what to do about photos that cannot be read")] = 'error',
+):
+    "Train on your own photos and save the model."
+    with _sentences():
+        from resnet_fastai.core import ResNet
+        from resnet_fastai.data import DataError
+        if model.exists(): raise DataError(f'{model} exists already; name a new folder with --model')
+        net = ResNet(data_path, label_path, label_encoding, arch=arch, size=size, bs=bs, on_bad=on_bad)
+        net.fit(epochs)
+        typer.echo(f'saved in {net.save(model)}')
+
+# %% ../nbs/07_cli.ipynb #bafa2cb3
+@app.command('predict')
+def _predict(
+    model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
+    photos: Annotated[list[Path], typer.Argument(help='One or more photos')],
+    n: Annotated[int, typer.Option(help='How many labels for each photo')] = 5,
+):
+    "Name what is on photos: a line a label, with its probability over 50 crops."
+    with _sentences():
+        from resnet_fastai.core import ResNet
+        net = ResNet.load(model)
+        for photo in photos:
+            for label,prob in net.predict_n(photo, min(n, len(net.labels))):
+                typer.echo(f'{photo}\t{label}\t{prob:.4f}' if len(photos) > 1 else f'{label}\t{prob:.4f}')

