@@ -4,7 +4,7 @@ import sys
 import time
 
 steps = {'in step': [sys.executable, 'tools/in_step.py'],
-         'notebooks': ['nbdev-test', '--n_workers', '2', '--do_print', '--pause', '0'],
+         'notebooks': ['nbdev-test', '--n-workers', '2', '--do-print', '--timing', '--pause', '0'],
          'docs': [sys.executable, 'tools/docs.py'],
          'pytest': [sys.executable, '-m', 'pytest']}                  # last: its closing line is the last but one
 
