@@ -4,99 +4,157 @@ import html
 import re
 import shutil
 import sys
+from configparser import ConfigParser
+from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
-import nbdev.doclinks
+import nbformat
 from latex2mathml.converter import convert
-from nbdev.config import get_config
+from nbdev.config import get_config, nbpath2html
 from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
 from nbdev.serve import proc_nbs
-from smalldocs.cli import main as smalldocs
+
+# What smalldocs says of every nbdev site; Quarto does read these
+expected = 'unknown key format-links', 'format commonmark is not built', 'format.html.html-math-method is ignored'
+
+
+def page_links(text):
+    "Links to notebooks under the names that their pages get, here as in nbdev and Quarto: 01_data.ipynb → data.ipynb"
+    return re.sub(r'(\]\(|^\s*(?:- |href: ))([^()\s:]+\.ipynb)\b', lambda m: m[1] + nbpath2html(m[2]).with_suffix('.ipynb').as_posix(),
+                  text, flags=re.M)
+
+
+def rename(nb_path):
+    "Give a processed notebook the name of its page; smalldocs does not read `output-file`"
+    nb = nbformat.read(nb_path, 4)
+    for c in nb.cells:
+        if c.cell_type == 'raw': c.source = re.sub(r'^output-file:.*\n', '', c.source, flags=re.M)
+        if c.cell_type == 'markdown': c.source = page_links(c.source)
+    new = nbpath2html(nb_path).with_suffix('.ipynb')
+    if new != nb_path:
+        if new.exists(): sys.exit(f'{nb_path.name} and another notebook would both be the page {new.stem}.html')
+        nb_path.rename(new)
+    nbformat.write(nb, new)
 
 
 def prepare():
-    "Notebooks → processed notebooks in _proc/, named as the API links name their pages: 01_data → data"
+    "Notebooks → processed notebooks, sidebar and options in _proc/"
+    cfg = get_config()
     refresh_quarto_yml()
-    nbdev.doclinks._build_modidx()
-    nbs = get_config().nbs_path
-    nbdev_sidebar.__wrapped__(path=nbs, file_re=r'\.ipynb$')
-    proc = Path(proc_nbs(nbs, force=True, n_workers=0))
-    short = {p.name: re.sub(r'^\d+_', '', p.name) for p in proc.rglob('*.ipynb')}
-    for p in [*proc.rglob('*.ipynb'), proc/'sidebar.yml']:
-        text = p.read_text(encoding='utf-8')
-        for old, new in short.items(): text = text.replace(old, new)
-        p.write_text(text, encoding='utf-8')
-        if p.name in short: p.rename(p.with_name(short[p.name]))
+    nbdev_sidebar.__wrapped__(path=cfg.nbs_path, file_re=r'\.ipynb$')
+    proc = Path(proc_nbs(cfg.nbs_path, force=True, n_workers=0))
+    for p in sorted(proc.rglob('*.ipynb')): rename(p)
+    rewrite(proc/'sidebar.yml', page_links)
+    ini = ConfigParser(delimiters=['='])
+    ini.read(cfg.config_path/'settings.ini', encoding='utf-8')
+    rewrite(proc/'nbdev.yml', lambda text: text.replace('description: ""', f"description: \"{ini['DEFAULT']['description']}\""))
     return proc
 
 
 def render(proc):
-    "Processed notebooks → HTML"
-    sys.argv = ['smalldocs', 'render', str(proc), '--quiet']
-    try: code = smalldocs()
-    except SystemExit as e: code = e.code
-    if code: sys.exit(f'smalldocs failed: {code}')
+    "Processed notebooks → HTML; a warning is an error"
+    from smalldocs.config import load
+    from smalldocs.site import Site
+    site = Site(load(proc), quiet=True)
+    site.build()
+    found = [w for w in site.warnings if not w.startswith(expected)]
+    if found: sys.exit('\n'.join(['smalldocs warns:', *found]))
     return proc/get_config().doc_path.name
 
 
-def mathml(site):
+def rewrite(path, change):
+    text = path.read_text(encoding='utf-8')
+    path.write_text(change(text), encoding='utf-8')
+
+
+def mathml(text):
     "TeX → MathML, which browsers draw by themselves; the script that would have fetched KaTeX goes"
     def to_mathml(m):
-        display = 'block' if m[1] == 'display' else 'inline'
-        return convert(html.unescape(m[2]), display=display)
-    for page in site.rglob('*.html'):
-        text = page.read_text(encoding='utf-8')
-        text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', to_mathml, text, flags=re.S)
-        text = re.sub(r'<link[^>]*katex[^>]*>|<script[^>]*katex[^>]*>.*?</script>|<script[^>]*>[^<]*renderMathInElement[^<]*</script>', '', text)
-        page.write_text(text, encoding='utf-8')
-
-
-def local_links(site):
-    "nbdev's links to the documentation's host become relative, so that the site works wherever it lies"
-    base = re.escape(doc_base())
-    for page in site.rglob('*.html'):
-        up = '../'*(len(page.relative_to(site).parts)-1)
-        text = page.read_text(encoding='utf-8')
-        page.write_text(re.sub(rf'<a href="{base}/([^"]+)"', rf'<a href="{up}\1"', text), encoding='utf-8')
+        tex = re.sub(r'(\\(?:begin|end)){aligned}', r'\1{split}', html.unescape(m[2]))
+        out = convert(tex, display='block' if m[1] == 'display' else 'inline')
+        if re.search(r'\\|>&<', out): sys.exit(f'no MathML for this TeX: {tex}')
+        return out
+    text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', to_mathml, text, flags=re.S)
+    katex = r'<link[^>]*katex[^>]*>|<script[^>]*katex[^>]*></script>|<script[^>]*>[^<]*renderMathInElement[^<]*</script>'
+    return re.sub(katex, '', text)
 
 
 def doc_base(): return get_config().doc_host.rstrip('/') + get_config().doc_baseurl.rstrip('/')
 
 
-def targets(text):
-    "(tag, link) of everything that a page links to or loads; code listings do not count"
-    text = re.sub(r'<pre.*?</pre>', '', text, flags=re.S)
-    loaded = re.findall(r'<(script)\b[^>]*\ssrc="([^"]+)"', text)
-    text = re.sub(r'<script.*?</script>', '', text, flags=re.S)
-    return loaded + re.findall(r'<(\w+)\b[^>]*?\s(?:href|src)="([^"]+)"', text)
+def api_link(link, site):
+    "A link of nbdev's to a name: to the class, where a method has no heading of its own"
+    path, _, anchor = link.partition('#')
+    cls, _, method = anchor.rpartition('.')
+    page = site/path
+    if method and cls and page.is_file() and f'id="{anchor}"' not in page.read_text(encoding='utf-8'): anchor = cls
+    return f'{path}#{anchor}' if anchor else path
 
 
-def dead_links(site):
-    "(page, link) of each internal link without a target, and of each file that would come from another host"
-    pages = {p.resolve(): p.read_text(encoding='utf-8') for p in site.rglob('*.html')}
-    ids = {p: set(re.findall(r'\bid="([^"]+)"', text)) for p, text in pages.items()}
-    for page, text in pages.items():
-        for tag, link in targets(text):
-            link = html.unescape(link)
-            if re.match(r'[a-z+]+:|//', link):
-                if tag in ('script', 'img', 'link') and not re.match(rf'data:|{re.escape(doc_base())}', link): yield page.name, link
-                continue
-            path, _, anchor = link.partition('#')
-            path = unquote(path.split('?')[0])
-            target = page if not path else (site/path.lstrip('/') if path.startswith('/') else page.parent/path).resolve()
-            if target.is_dir(): target /= 'index.html'
-            if not target.exists() or (anchor and unquote(anchor) not in ids.get(target, {unquote(anchor)})): yield page.name, link
+def local(site):
+    "Nothing comes from another host, and nbdev's links to the documentation's host become relative: the site works anywhere"
+    for page in site.rglob('*.html'):
+        up = '../'*(len(page.relative_to(site).parts)-1)
+        relative = lambda m: f'{m[1]}{up}{api_link(m[2], site)}"'
+        rewrite(page, lambda text: re.sub(rf'(<a [^>]*?href="){re.escape(doc_base())}/([^"]+)"', relative, mathml(text)))
+    for css in site.rglob('*.css'): rewrite(css, lambda text: re.sub(r'@import url\(["\']?(https?:)?//[^)]*\);?', '', text))
+
+
+def css_urls(text): return [m[1] for m in re.finditer(r'(?:url\(|@import\s)\s*["\']?([^"\')\s]+)', text) if not m[1].startswith('url(')]
+
+
+class Page(HTMLParser):
+    "The ids of a page, what it links to, and what it loads"
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.loads, self.style = set(), [], [], False
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        at = {k: v or '' for k, v in attrs}
+        self.style = tag == 'style'
+        self.ids |= {at[k] for k in ('id', 'name') if k in at}
+        if tag == 'a' or at.get('rel') == 'canonical': self.links += [at['href']] if 'href' in at else []
+        else: self.loads += [at[k] for k in ('src', 'href', 'data', 'poster') if k in at and (k != 'data' or tag == 'object')]
+        self.loads += [s.split()[0] for s in at.get('srcset', '').split(',') if s.strip()] + css_urls(at.get('style', ''))
+
+    def handle_data(self, data):
+        if self.style: self.loads += css_urls(data)
+
+    def handle_endtag(self, tag): self.style = False
+
+
+def is_dead(link, page, site, pages):
+    "Does a link of a page to the site itself lead nowhere?"
+    url = urlsplit(link)
+    if url.scheme or url.netloc: return False
+    path, anchor = unquote(url.path), unquote(url.fragment)
+    target = (page if not path else site/path.lstrip('/') if path.startswith('/') else page.parent/path).resolve()
+    if target.is_dir(): target /= 'index.html'
+    return not target.is_file() or bool(anchor and target in pages and anchor not in pages[target].ids)
+
+
+def problems(site):
+    "A sentence for each internal link without a target and for each file that would come from another host"
+    site = site.resolve()
+    pages = {p: Page(p) for p in sorted(site.rglob('*.html'))}
+    loads = {p: page.loads for p, page in pages.items()} | {p: css_urls(p.read_text(encoding='utf-8')) for p in site.rglob('*.css')}
+    for p, page in pages.items():
+        yield from (f'{p.relative_to(site)}: dead link: {link}' for link in page.links if is_dead(link, p, site, pages))
+    for p, links in loads.items():
+        for link in links:
+            if re.match(r'(https?:)?//', link): yield f'{p.relative_to(site)}: comes from another host: {link}'
+            elif is_dead(link, p, site, pages): yield f'{p.relative_to(site)}: missing file: {link}'
 
 
 def main():
+    if sys.version_info < (3, 11): sys.exit('The site needs Python 3.11 or newer, as smalldocs does')
     site = render(prepare())
-    mathml(site)
-    local_links(site)
-    bad = sorted(set(dead_links(site)))
-    for page, link in bad: print(f'{page}: dead or foreign: {link}', file=sys.stderr)
-    if bad: sys.exit(f'{len(bad)} links of the site lead nowhere')
-    docs = get_config().config_path/get_config().doc_path.name
+    local(site)
+    found = sorted(set(problems(site)))
+    if found: sys.exit('\n'.join([*found, f'the site has {len(found)} dead or foreign links']))
+    docs = get_config().doc_path
     shutil.rmtree(docs, ignore_errors=True)
     shutil.copytree(site, docs)
     print(f'{len(list(docs.rglob("*.html")))} pages in {docs.name}/')
