@@ -1,4 +1,5 @@
 "The package's metadata, all of it read from settings.ini."
+import re
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
@@ -10,11 +11,19 @@ ini = ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 
+
+def readme():
+    "README.md with links that work away from the repository too"
+    def absolute(m): return f"{m[1]}[{m[2]}]({cfg['git_url']}/{'raw' if m[1] else 'blob'}/{cfg['branch']}/{m[3]})"
+    text = (here/'README.md').read_text(encoding='utf-8')
+    return re.sub(r'(!?)\[([^\]]*)\]\((?!#|\w+:)([^)\s]+)\)', absolute, text)
+
+
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], url=cfg['git_url'],
     author=cfg['author'], author_email=cfg['author_email'], keywords=cfg['keywords'].split(),
-    license={'apache2': 'Apache-2.0'}[cfg['license']], license_files=['LICENSE'],
-    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    license_expression={'apache2': 'Apache-2.0'}[cfg['license']], license_files=['LICENSE'],
+    long_description=readme(), long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), zip_safe=False,
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg['requirements']), extras_require={'dev': shlex.split(cfg['dev_requirements'])},
