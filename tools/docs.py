@@ -101,7 +101,7 @@ def local(site):
     for css in site.rglob('*.css'): rewrite(css, lambda text: re.sub(r'@import url\(["\']?(https?:)?//[^)]*\);?', '', text))
 
 
-def css_urls(text): return [m[1] for m in re.finditer(r'(?:url\(|@import\s)\s*["\']?([^"\')\s]+)', text) if not m[1].startswith('url(')]
+def css_urls(text): return re.findall(r'(?:@import\s+(?:url\()?|url\()\s*["\']?([^"\')\s;]+)', text)
 
 
 class Page(HTMLParser):

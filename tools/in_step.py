@@ -1,4 +1,4 @@
-"""Are notebooks, modules and README in step, and the notebooks clean? Looks at copies; changes nothing."""
+"""Are notebooks, modules and README in step, and the notebooks clean? Looks at a copy; changes nothing."""
 import shutil
 import subprocess
 import sys
@@ -6,7 +6,12 @@ import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-kept_out = shutil.ignore_patterns('.git', '.venv', '_docs', '_proc', 'runs', '__pycache__', '.*_cache', '*.egg-info', 'build', 'models')
+kept_out = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'models')
+
+
+def copy_sources(dest):
+    for name in ('nbs', 'resnet_fastai', 'tools'): shutil.copytree(root/name, dest/name, ignore=kept_out)
+    for name in ('pyproject.toml', 'settings.ini', 'README.md'): shutil.copy(root/name, dest/name)
 
 
 def differing(copy, pattern):
@@ -16,26 +21,26 @@ def differing(copy, pattern):
     return sorted(str(n) for n in names if read(root/n) != read(copy/n))
 
 
-def problems():
-    "(file, what to run) for each file that is out of step"
-    with tempfile.TemporaryDirectory() as tmp:
-        copy = Path(tmp)/'copy'
-        shutil.copytree(root, copy, ignore=kept_out)
-        for p in (copy/'resnet_fastai').glob('*.py'):
-            if p.name != '__init__.py': p.unlink()
-        run = lambda *cmd: subprocess.run(cmd, cwd=copy, check=True, stdout=subprocess.DEVNULL)
-        run('nbdev-export')
-        yield from ((f, 'nbdev-export') for f in differing(copy, 'resnet_fastai/**/*.py'))
-        run('nbdev-clean')
-        yield from ((f, 'nbdev-clean') for f in differing(copy, 'nbs/**/*.ipynb'))
-        run(sys.executable, 'tools/readme.py')
-        yield from ((f, 'make readme') for f in differing(copy, 'README.md'))
+def problems(copy):
+    "A sentence for each file that is out of step"
+    def run(*cmd): subprocess.run(cmd, cwd=copy, check=True, stdout=subprocess.DEVNULL)
+    copy_sources(copy)
+    for p in (copy/'resnet_fastai').rglob('*.py'):
+        if p.name != '__init__.py': p.unlink()
+    run('nbdev-export')
+    for f in differing(copy, 'resnet_fastai/**/*.py'):
+        if (copy/f).exists(): yield f'{f} is not what the notebooks export; run: nbdev-export'
+        else: yield f'{f} is exported by no notebook; delete it, or give it one'
+    run('nbdev-clean')
+    yield from (f'{f} is not clean; run: nbdev-clean' for f in differing(copy, 'nbs/**/*.ipynb'))
+    run(sys.executable, 'tools/readme.py')
+    for f in differing(copy, 'README.md') + differing(copy, 'nbs/images/index_*'):
+        yield f'{f} is not what nbs/index.ipynb makes; run: make readme'
 
 
 def main():
-    found = list(problems())
-    for file, cmd in found: print(f'{file} is out of step; run: {cmd}')
-    if found: sys.exit(1)
+    with tempfile.TemporaryDirectory() as tmp: found = list(problems(Path(tmp)))
+    if found: sys.exit('\n'.join(found))
     print('notebooks, modules and README are in step')
 
 
