@@ -17,24 +17,30 @@ def own_fastai_home(tmp_path_factory):
     os.environ['FASTAI_HOME'] = str(tmp_path_factory.mktemp('fastai'))
 
 
-def unpacked(name, tmp_path_factory):
-    archive = root.parent/'shared'/'data'/f'{name}.tar'
-    if not archive.exists(): pytest.skip(f'needs the real photos of {archive.parent.name}/{archive.name}, which are not here')
+@pytest.fixture(scope='session')
+def shared_data():
+    "The folder of real photos beside the checkout"
+    path = root.parent/'shared'/'data'
+    if not path.is_dir(): pytest.skip('needs the real photos of ../shared/data, which are not here')
+    return path
+
+
+def unpacked(name, shared_data, tmp_path_factory):
     dest = tmp_path_factory.mktemp(name)
-    with tarfile.open(archive) as t: t.extractall(dest, filter='data')
+    with tarfile.open(shared_data/f'{name}.tar') as t: t.extractall(dest, filter='data')
     return dest/name
 
 
 @pytest.fixture(scope='session')
-def photos(tmp_path_factory):
+def photos(shared_data, tmp_path_factory):
     "A folder of 59 real photographs, about 500×375, some grey"
-    return unpacked('photos', tmp_path_factory)
+    return unpacked('photos', shared_data, tmp_path_factory)
 
 
 @pytest.fixture(scope='session')
-def clothing(tmp_path_factory):
+def clothing(shared_data, tmp_path_factory):
     "Class folders of 640 real photographs"
-    return unpacked('clothing', tmp_path_factory)
+    return unpacked('clothing', shared_data, tmp_path_factory)
 
 
 @pytest.fixture

@@ -1,25 +1,34 @@
 "The project's facts have one home, and their copies agree with it."
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from email import message_from_string
+from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from nbdev.config import get_config
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import resnet_fastai
 
 if sys.version_info >= (3, 11): import tomllib
-else: tomllib = pytest.importorskip('tomli')
+else: import tomli as tomllib                                            # pytest needs it there
 
 root = Path(__file__).resolve().parent.parent
 ini = ConfigParser(delimiters=['='])
 ini.read(root/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
+names = lambda reqs: {canonicalize_name(Requirement(r).name) for r in reqs}
 
 
 def test_pyproject_repeats_settings_only():
-    toml = tomllib.loads((root/'pyproject.toml').read_text())
+    toml = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))
     project = toml['project']
     assert project['name'] == cfg['lib_name']
     assert toml['tool']['nbdev']['lib_path'] == cfg['lib_path']
@@ -27,48 +36,127 @@ def test_pyproject_repeats_settings_only():
     assert set(project) == {'name', 'dynamic', 'urls'}                  # everything else is dynamic: setup.py reads settings.ini
 
 
+@pytest.mark.parametrize('key', ['lib_name', 'title', 'user', 'branch', 'git_url', 'doc_host', 'doc_baseurl', 'version'])
+def test_nbdev_sees_what_settings_say(key): assert getattr(get_config(root), key) == cfg[key]
+
+
+@pytest.mark.parametrize('key', ['lib_path', 'nbs_path', 'doc_path'])
+def test_nbdev_finds_the_folders_of_settings(key): assert getattr(get_config(root), key) == root/cfg[key]
+
+
 def test_version(): assert resnet_fastai.__version__ == cfg['version']
 
 
 @pytest.fixture(scope='module')
-def metadata(tmp_path_factory):
-    "What setup.py says, as an installer would see it"
-    out = tmp_path_factory.mktemp('metadata')
-    subprocess.run([sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(out)], cwd=root, check=True, capture_output=True)
-    info = out/f"{cfg['lib_name']}.egg-info"
-    return (info/'PKG-INFO').read_text(encoding='utf-8'), (info/'entry_points.txt').read_text()
+def sdist(tmp_path_factory):
+    "The files that a release would contain"
+    out = tmp_path_factory.mktemp('sdist')
+    copy = out/'project'
+    shutil.copytree(root/'resnet_fastai', copy/'resnet_fastai')
+    for p in root.iterdir():
+        if p.is_file(): shutil.copy(p, copy)
+    run = lambda *args: subprocess.run([sys.executable, 'setup.py', '-q', *args], cwd=copy, check=True, capture_output=True)
+    run('sdist', '--formats=gztar', '--dist-dir', str(out))
+    shutil.unpack_archive(next(out.glob('*.tar.gz')), out)
+    return next(p for p in out.iterdir() if p.is_dir() and p != copy)
 
 
-def test_setup_reads_settings(metadata):
-    text, entry_points = metadata
-    headers = text.split('\n\n')[0]
-    get = lambda name: re.findall(rf'^{name}: (.*)$', headers, re.M)
-    assert get('Name') == [cfg['lib_name']] and get('Version') == [cfg['version']]
-    assert get('Requires-Python') == ['>=' + cfg['min_python']]
-    assert get('License-Expression') == ['Apache-2.0'] or get('License') == ['Apache-2.0']
-    names = lambda reqs: {re.match(r'[\w-]+', r)[0].lower() for r in reqs}
-    required = get('Requires-Dist')
-    assert names(r for r in required if 'extra ==' not in r) == names(cfg['requirements'].split())
-    assert names(r for r in required if 'extra ==' in r) == names(cfg['dev_requirements'].split())
+def test_the_release_describes_itself_as_settings_do(sdist):
+    meta = message_from_string((sdist/'PKG-INFO').read_text(encoding='utf-8'))
+    assert (meta['Name'], meta['Version'], meta['Summary']) == (cfg['lib_name'], cfg['version'], cfg['description'])
+    assert (meta['Author'], meta['Author-email']) == (cfg['author'], cfg['author_email'])
+    assert meta['Requires-Python'] == '>=' + cfg['min_python'] and meta['License-Expression'] == 'Apache-2.0'
+    required = meta.get_all('Requires-Dist')
+    assert names(r for r in required if 'extra ==' not in r) == names(shlex.split(cfg['requirements']))
+    assert names(r for r in required if 'extra ==' in r) == names(shlex.split(cfg['dev_requirements']))
+    entry_points = (sdist/f"{cfg['lib_name']}.egg-info"/'entry_points.txt').read_text()
     assert cfg['console_scripts'].replace('=', ' = ') in entry_points
 
 
-def test_constraints_are_exact_and_cover_the_requirements():
-    lines = (root/'constraints.txt').read_text().split()
-    assert all(re.fullmatch(r'[\w.-]+==[\w.+!-]+', line) for line in lines)
-    pinned = {line.split('==')[0].lower().replace('_', '-') for line in lines}
-    wanted = re.findall(r'(?:^|\s)([\w-]+)', cfg['requirements'] + ' ' + cfg['dev_requirements'])
-    assert {w.lower().replace('_', '-') for w in wanted if not w[0].isdigit()} <= pinned
+def test_the_release_can_be_built_from(sdist):
+    for name in ['settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'resnet_fastai/core.py']:
+        assert (sdist/name).read_bytes() == (root/name).read_bytes(), name
+
+
+def test_the_release_has_no_relative_links(sdist):
+    "Its page elsewhere shows the README, whose pictures lie in the repository"
+    text = message_from_string((sdist/'PKG-INFO').read_text(encoding='utf-8')).get_payload()
+    targets = re.findall(r'\]\(([^)\s]+)\)', text)
+    assert targets and all(re.match('https?://', t) for t in targets)
+    assert f"{cfg['git_url']}/raw/{cfg['branch']}/nbs/images/" in text
+
+
+def constraints():
+    lines = (root/'constraints.txt').read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith('#')]
+
+
+def test_constraints_are_exact():
+    for r in constraints(): assert [s.operator for s in r.specifier] == ['=='] and '*' not in str(r.specifier), r
+
+
+def test_constraints_cover_all_that_gets_installed():
+    pinned = {canonicalize_name(r.name) for r in constraints() if not r.marker or r.marker.evaluate()}
+    todo, seen = [*shlex.split(cfg['requirements']), *shlex.split(cfg['dev_requirements'])], set()
+    while todo:
+        r = Requirement(todo.pop())
+        wanted = any(not r.marker or r.marker.evaluate({'extra': e}) for e in ('', *r.extras))
+        name = canonicalize_name(r.name)
+        if not wanted or name in seen: continue
+        seen.add(name)
+        try: todo += [q for q in requires(name) or [] if 'extra ==' not in q]
+        except PackageNotFoundError: pytest.fail(f'{name} is required and not installed')
+    assert len(seen) > 50 and not seen - pinned
 
 
 def test_modules_import_from_lower_chapters_only():
     order = {p.stem.split('_', 1)[1]: int(p.stem.split('_')[0]) for p in (root/'nbs').glob('[0-9]*.ipynb')}
+    assert sorted(order.values()) == list(range(1, len(order)+1))
     for name, number in order.items():
-        text = (root/'resnet_fastai'/f'{name}.py').read_text()
-        used = re.findall(r'^from resnet_fastai\.(\w+) import', text, re.M)
+        text = (root/'resnet_fastai'/f'{name}.py').read_text(encoding='utf-8')
+        used = re.findall(r'^(?:from|import) resnet_fastai\.(\w+)', text, re.M)
         assert all(order[u] < number for u in used), f'{name} imports {used}'
 
 
-def test_readme_shows_a_picture_that_exists():
-    pictures = re.findall(r'!\[([^\]]*)\]\(([^)]+)\)', (root/'README.md').read_text(encoding='utf-8'))
-    assert pictures and all(alt and (root/path).exists() for alt, path in pictures)
+def test_readme_links_to_what_exists():
+    links = re.findall(r'(!?)\[([^\]]*)\]\((?!\w+:)([^)\s]+)\)', (root/'README.md').read_text(encoding='utf-8'))
+    assert any(picture for picture, _, _ in links)
+    for _, words, path in links: assert words and (root/path).is_file(), path
+
+
+@pytest.fixture
+def docs():
+    "tools/docs.py as a module"
+    spec = spec_from_file_location('docs', root/'tools'/'docs.py')
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('line,complaint', [
+    ('<a href="b.html#two">', None),
+    ('<a href="sub/">', None),
+    ('<a href="https://example.org/any">', None),
+    ('<img src="data:image/png;base64,AA==">', None),
+    ('<a href="c.html">', 'dead link'),
+    ('<a href="b.html#three">', 'dead link'),
+    ('<a href="#nowhere">', 'dead link'),
+    ('<a href="../outside.html">', 'dead link'),
+    ('<img src="gone.png">', 'missing file'),
+    ('<script src="https://example.org/a.js"></script>', 'another host'),
+    ('<link rel="stylesheet" href="//example.org/a.css">', 'another host'),
+    ('<style>@import url(https://example.org/a.css);</style>', 'another host'),
+    ('<img srcset="https://example.org/a.png 2x">', 'another host')])
+def test_the_link_check_of_the_site(docs, tmp_path, line, complaint):
+    (tmp_path/'sub').mkdir()
+    for name, text in {'a.html': line, 'b.html': '<p id="two">', 'sub/index.html': '<a href="../a.html">'}.items():
+        (tmp_path/name).write_text(text)
+    found = list(docs.problems(tmp_path))
+    assert len(found) == (complaint is not None) and all(complaint in f for f in found)
+
+
+def test_formulas_become_mathml(docs):
+    page = r'<p><span class="math inline">\(x_l &lt; 2\)</span> <span class="math display">\[\begin{aligned} a &amp;= b \\ c &amp;= d \end{aligned}\]</span></p>'
+    made = docs.mathml(page)
+    assert made.count('<math') == 2 and made.count('<mtr>') == 2 and 'span' not in made and '\\' not in made
+    with pytest.raises(SystemExit, match='nosuchthing'): docs.mathml(r'<span class="math inline">\(\nosuchthing x\)</span>')
