@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 
-# %% ../nbs/07_cli.ipynb #6e08e26b
+# %% ../nbs/07_cli.ipynb #a0cddbe2
 app = typer.Typer(help='Deep residual learning on your own photos: the ResNet paper from a shell.', no_args_is_help=True,
-                  add_completion=False, pretty_exceptions_enable=False)
+                  add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 @contextmanager
 def _sentences():
@@ -30,10 +30,10 @@ def _sentences():
 
 def main(): app()
 
-# %% ../nbs/07_cli.ipynb #71ab46e6
-demo_args = dict(size=64, bs=16, patience=1, num_workers=0, net_args=dict(zero_init_residual=True))
+# %% ../nbs/07_cli.ipynb #8c92f517
+demo_args = dict(size=64, bs=16, patience=1, min_delta=.1, num_workers=0, net_args=dict(zero_init_residual=True))
 
-@app.command()
+@app.command(short_help='draw photos, train on them, predict')
 def demo(
     folder: Annotated[Path, typer.Argument(help='Where photos, pictures and model go')] = Path('runs/demo'),
     epochs: Annotated[int, typer.Option(help='Passes over the training photos')] = 12,
@@ -55,8 +55,8 @@ def demo(
     typer.echo(f'50-crop top-1 on {len(test)} test photos: {1-error:.1%} right (chance {1/len(model.labels):.1%})')
     typer.echo(f'look at {folder}/curves.png and {folder}/predictions.png; the model is in {folder}/model')
 
-# %% ../nbs/07_cli.ipynb #21151034
-@app.command('train')
+# %% ../nbs/07_cli.ipynb #2ab189bb
+@app.command('train', short_help='train on your photos, save the model')
 def _train(
     data_path: Annotated[str, typer.Argument(help='Folder with train/ and val/, or the URL of an archive of one')],
     label_path: Annotated[Path, typer.Argument(help='JSON {image id: label}')],
@@ -77,8 +77,8 @@ def _train(
         net.fit(epochs)
         typer.echo(f'saved in {net.save(model)}')
 
-# %% ../nbs/07_cli.ipynb #bafa2cb3
-@app.command('predict')
+# %% ../nbs/07_cli.ipynb #e6687b98
+@app.command('predict', short_help='name what is on photos')
 def _predict(
     model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
     photos: Annotated[list[Path], typer.Argument(help='One or more photos')],

@@ -123,17 +123,21 @@ def _best(self:ResNet, probs, n):
     named = sorted(self.labels.encoding.items(), key=lambda o: -probs[o[1]])
     return [(label, float(probs[i])) for label,i in named[:n]]
 
-# %% ../nbs/06_core.ipynb #b1c5abd0
+# %% ../nbs/06_core.ipynb #b6641fa8
+def _truth(model, photo):
+    known = isinstance(photo, (str, Path)) and model.labels.find_id(photo)
+    return model.labels.labels[known] if known else ''
+
 def plot_predictions(
     model:ResNet, # Trained
     photos:list, # What `predict` takes
     n:int=3, # Labels for each photo
 ) -> plt.Figure: # A column a photo
-    "Draw photos with the n most likely labels of each below them"
+    "Draw photos, the label above where it is known, and the n most likely labels below"
     fig,axs = plt.subplots(2, len(photos), figsize=(1.7*len(photos), 3), layout='constrained', squeeze=False,
                            gridspec_kw=dict(height_ratios=(2, 1)))
     for photo,best,(top,low) in zip(photos, model.predict_n(photos, n), axs.T):
-        top.imshow(open_photo(photo)); top.axis('off')
+        top.imshow(open_photo(photo)); top.axis('off'); top.set_title(_truth(model, photo), fontsize=9)
         low.barh([l for l,_ in best][::-1], [p for _,p in best][::-1], color='#4c78a8')
         low.set_xlim(0, 1); low.set_xticks([0, 1]); low.tick_params(labelsize=8)
     fig.supxlabel('probability, mean of 50 crops', fontsize=9)

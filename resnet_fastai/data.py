@@ -374,7 +374,7 @@ def from_folders(
         return _finish(tmp, dest, labels, {c: i for i,c in enumerate(sorted(set(labels.values())))})
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/01_data.ipynb #e0823f10
+# %% ../nbs/01_data.ipynb #5b8cbc37
 def _wave(x): return np.tanh(4*np.sin(2*np.pi*x))
 def _cell(x): return x - np.floor(x) - .5
 
@@ -382,24 +382,23 @@ def _bricks(u, v):
     shifted = u + .5*(np.floor(2*v) % 2)
     return np.where(np.minimum(.5 - abs(_cell(shifted)), (.5 - abs(_cell(2*v)))/2) < .06, 1., -1.)
 
-def _clouds(u, v):
-    return np.tanh(1.5*sum(np.sin(2*np.pi*(a*u + b*v) + p) for a,b,p in [(.7,.2,0), (-.3,.8,1), (.5,-.6,2), (.2,.4,4), (-.9,-.1,5)]))
+def _weave(u, v): return np.where((np.floor(u/1.5) + np.floor(v/1.5)) % 2, _wave(4/3*u), _wave(4/3*v))
 
-_textures = dict( # in (u,v), the coordinates on the bent surface: 3.5 to 5.5 units across a photo
+_textures = dict( # in (u,v), the coordinates on the bent surface: 4.5 to 7 units across a photo
     stripes = (101, lambda u,v: _wave(u)),
-    checks  = (207, lambda u,v: _wave(u/2)*_wave(v/2)),
+    checks  = (207, lambda u,v: _wave(u/1.4)*_wave(v/1.4)),
     dots    = (281, lambda u,v: np.tanh(12*(.32 - np.hypot(_cell(u), _cell(v))))),
-    rings   = (340, lambda u,v: _wave(2*np.hypot(_cell(u/2), _cell(v/2)))),
+    rings   = (340, lambda u,v: _wave(3*np.hypot(_cell(u/2), _cell(v/2)))),
     bricks  = (407, _bricks),
     zigzag  = (555, lambda u,v: _wave(u + 1.2*abs(_cell(v)))),
-    clouds  = (640, _clouds),
+    weave   = (640, _weave),
     mesh    = (999, lambda u,v: np.tanh(12*(np.maximum(abs(_cell(u)), abs(_cell(v))) - .38))))
 
-# %% ../nbs/01_data.ipynb #670437f3
+# %% ../nbs/01_data.ipynb #9f9a9ac8
 def _surface(h, w, rng):
     "Coordinates (u,v) on a surface that is turned, tilted and bent at random"
     y,x = (np.mgrid[:h,:w] - np.array([h, w])[:,None,None]*rng.uniform(.35, .65, (2,1,1)))/min(h, w)
-    a, scale = rng.uniform(-.5, .5), rng.uniform(3.5, 5.5)
+    a, scale = rng.uniform(-.5, .5), rng.uniform(4.5, 7)
     u,v = np.cos(a)*x + np.sin(a)*y, np.cos(a)*y - np.sin(a)*x
     far = 1 + rng.uniform(-.25, .25)*u + rng.uniform(-.25, .25)*v
     bend = rng.uniform(0, .05)*np.sin(rng.uniform(2, 5)*v + rng.uniform(0, 6))
@@ -417,10 +416,10 @@ def draw_photo(
     photo = (dark + pattern[...,None]*(bright - dark))*light.clip(.25, 1.2)[...,None] + rng.normal(0, rng.uniform(2, 10), (h,w,3))
     return Image.fromarray(photo.clip(0, 255).astype(np.uint8))
 
-# %% ../nbs/01_data.ipynb #9085469c
+# %% ../nbs/01_data.ipynb #23b2cd22
 def demo_data(
     dest:str|Path, # A new folder; one that an earlier call has filled is used again
-    sizes:dict=dict(train=800, val=160, test=80), # Photos in each split
+    sizes:dict=dict(train=640, val=80, test=80), # Photos in each split
     seed:int=42, # The same seed draws the same photos
 ) -> DataPaths: # dest and its two JSON files
     "Draw a small data set of eight textures, in exactly the layout of a user's photos, without a network"

@@ -58,7 +58,7 @@ def default_lr(
     "The paper's initial learning rate, scaled to the batch"        # §3.4
     return .1*bs/256
 
-# %% ../nbs/04_training.ipynb #87156c2e
+# %% ../nbs/04_training.ipynb #ad1870b9
 class PlateauLR(Callback):
     "Divide the rate by `factor` when the monitored value has not improved for more than `patience` epochs"     # §3.4
     order = 60                                             # after the Recorder has the epoch's values
@@ -70,11 +70,15 @@ class PlateauLR(Callback):
     ): self.monitor,self.factor,self.patience,self.min_delta,self.best,self.wait = monitor,factor,patience,min_delta,float('inf'),0
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+        self.run = not hasattr(self.learn, 'lr_finder')
         if self.monitor not in self.recorder.metric_names:
             raise ValueError(f"PlateauLR monitors {self.monitor!r}; there is {', '.join(self.recorder.metric_names[1:-1])}")
 
+    def before_epoch(self): self.trained = False           # validate() and get_preds() are epochs too, without training
+    def after_train(self): self.trained = True
+
     def after_epoch(self):
+        if not self.trained: return
         value = self.recorder.values[-1][self.recorder.metric_names.index(self.monitor)-1]
         if value < self.best - self.min_delta: self.best,self.wait = value,0
         else: self.wait += 1
@@ -86,27 +90,31 @@ class PlateauLR(Callback):
         self.opt.set_hypers(lr=[h['lr']/self.factor for h in self.opt.hypers])
         self.learn.lr = self.opt.hypers[-1]['lr']
 
-# %% ../nbs/04_training.ipynb #2afff629
+# %% ../nbs/04_training.ipynb #2d792a4a
 class History(Callback):
     "One row for each epoch, over all fits: losses, errors, rate, seconds; the recorder goes on where it was"
     order = 51                                              # right after the Recorder has cleared its lists
+    _lists = ('lrs', 'iters', 'losses', 'values')
     def __init__(self): self.rows,self._kept = [],None
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        if self.run and self._kept: self._give_back(self.recorder, *self._kept)
+        self.run = not hasattr(self.learn, 'lr_finder')
+        self._give_back()
 
-    def _give_back(self, rec, lists, smooth):
-        for name,old in lists.items(): setattr(rec, name, old)
-        rec.smooth_loss.count,rec.smooth_loss.val = smooth
+    def _give_back(self):
+        if not self.run or not self._kept: return
+        for name,old in self._kept.items(): setattr(self.recorder, name, list(old))
+        self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = self._smooth
 
-    def before_epoch(self): self._start = time.perf_counter()
+    def before_epoch(self): self.trained,self._start = False,time.perf_counter()
+    def after_train(self): self.trained = True
 
     def after_epoch(self):
+        if not self.trained: return self._give_back()       # validate() or get_preds()
         rec = self.recorder
         values = dict(zip(rec.metric_names[1:], map(float, rec.values[-1])))
         self.rows.append(dict(epoch=len(self.rows), **values, lr=rec.lrs[-1], seconds=time.perf_counter() - self._start))
-        self._kept = {n: getattr(rec, n) for n in ('lrs', 'iters', 'losses', 'values')}, (rec.smooth_loss.count, rec.smooth_loss.val)
+        self._kept,self._smooth = {n: list(getattr(rec, n)) for n in self._lists},(rec.smooth_loss.count, rec.smooth_loss.val)
 
     @property
     def df(self): return pd.DataFrame(self.rows)
