@@ -21,6 +21,17 @@ from resnet_fastai.training import Accumulate, PlateauLR, paper_sgd
 small = dict(size=32, arch='resnet18', bs=8, num_workers=0)
 
 
+def trained(paths, *epochs, **kw):
+    "A small model after one or several fits; its seed is set when it is made"
+    model = ResNet(*paths, **small | kw)
+    for n in epochs: model.fit(n)
+    return model
+
+
+def assert_same(one, two):
+    for (name, a), b in zip(one.net.state_dict().items(), two.net.state_dict().values()): assert torch.equal(a, b), name
+
+
 class SayLoss(Callback):
     "Gives the epoch a validation loss of our choice"
     order = 55
@@ -99,49 +110,44 @@ def test_permuting_the_encoding_permutes_the_outputs(drawn, tmp_path):
     (tmp_path/'moved.json').write_text(json.dumps(moved))
     perm = torch.arange(1000)
     for label in labels: perm[moved[label]] = encoding[label]
-    one, two = ResNet(*drawn, **small), ResNet(*drawn[:2], tmp_path/'moved.json', **small)
+    kw = small | dict(lr=.02)
+    one, two = ResNet(*drawn, **kw), ResNet(*drawn[:2], tmp_path/'moved.json', **kw)
     two.net.fc.weight.data, two.net.fc.bias.data = one.net.fc.weight.data[perm], one.net.fc.bias.data[perm]
     for model in (one, two):
         set_seed(1)
         model.learn.dls.train.rng = random.Random(1)
         model.fit(2)
     p, q = one.predict(photo), two.predict(photo)
-    np.testing.assert_allclose([q[moved[label]] for label in labels], [p[encoding[label]] for label in labels], atol=1e-4)
-    assert [label for label, _ in one.predict_n(photo)] == [label for label, _ in two.predict_n(photo)]
-    assert abs(np.array([q[encoding[label]] for label in labels]) - [p[encoding[label]] for label in labels]).max() > 1e-3
+    before, after = np.array([p[encoding[label]] for label in labels]), np.array([q[moved[label]] for label in labels])
+    np.testing.assert_allclose(after, before, atol=2e-3)
+    assert one.predict_n(photo, 1)[0][0] == two.predict_n(photo, 1)[0][0]
+    unmoved = np.array([q[encoding[label]] for label in labels])
+    assert abs(unmoved - before).max() > .1                      # the test would notice
 
 
 def test_the_order_of_json_entries_is_nothing(drawn, tmp_path):
     shuffled = [tmp_path/'l.json', tmp_path/'e.json']
     for path, new in zip(drawn[1:], shuffled): new.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
-    one, two = ResNet(*drawn, **small), ResNet(drawn[0], *shuffled, **small)
-    for model in (one, two): model.fit(1)
-    assert all(torch.equal(a, b) for a, b in zip(one.net.state_dict().values(), two.net.state_dict().values()))
+    assert_same(trained(drawn, 1), trained((drawn[0], *shuffled), 1))
 
 
 def test_renaming_photos_changes_nothing(drawn):
     "Names carry no label: with new names (in the same order) and the ids renamed alike, training is the same to the bit"
-    one = ResNet(*drawn, **small)
-    one.fit(1)
+    one = trained(drawn, 1)
     labels = json.loads(drawn.label_path.read_text())
     for split in ('train', 'val', 'test'):
         for i, p in enumerate(sorted((drawn.data_path/split).iterdir())):
-            labels[f'{split[0]}{i:03}'] = labels.pop(p.stem)
-            p.rename(p.with_name(f'{split[0]}{i:03}.jpg'))
+            labels[f'{split}-{i:03}'] = labels.pop(p.stem)
+            p.rename(p.with_name(f'{split}-{i:03}.jpg'))
     drawn.label_path.write_text(json.dumps(labels))
-    two = ResNet(*drawn, **small)
-    two.fit(1)
-    assert all(torch.equal(a, b) for a, b in zip(one.net.state_dict().values(), two.net.state_dict().values()))
+    assert_same(one, trained(drawn, 1))
 
 
 def test_two_fits_are_one(drawn):
     "Weights, momentum, rate, plateau and history of fit(2)+fit(2) are those of fit(4), to the bit"
-    kw = small | dict(patience=0, min_delta=.3)
-    one, two = ResNet(*drawn, **kw), ResNet(*drawn, **kw)
-    one.fit(4)
-    two.fit(2)
-    two.fit(2)
-    assert all(torch.equal(a, b) for a, b in zip(one.net.state_dict().values(), two.net.state_dict().values()))
+    kw = dict(patience=0, min_delta=10)
+    one, two = trained(drawn, 4, **kw), trained(drawn, 2, 2, **kw)
+    assert_same(one, two)
     mom = [[s['grad_avg'] for s in m.learn.opt.state.values() if 'grad_avg' in s] for m in (one, two)]
     assert len(mom[0]) and all(torch.equal(a, b) for a, b in zip(*mom))
     pd_cols = ['epoch', 'train_loss', 'valid_loss', 'top1_error', 'top5_error', 'lr']
