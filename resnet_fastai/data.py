@@ -291,8 +291,10 @@ def _download(url, dest, chunk=1<<20):
         if isinstance(e, DataError): raise
         raise DataError(f"{url} cannot be fetched: {getattr(e, 'reason', None) or e}") from None
 
-# %% ../nbs/01_data.ipynb #0ca0ccff
+# %% ../nbs/01_data.ipynb #c8eddfff
 def _unpack(archive, dest, url):
+    if archive.suffix != '.zip' and not hasattr(tarfile, 'data_filter'):
+        raise DataError(f"this Python cannot unpack {url} safely; use 3.10.12, 3.11.4 or a later one, or unpack it and pass the folder")
     try:
         if archive.suffix == '.zip': _unzip(archive, dest)
         else:
