@@ -291,26 +291,27 @@ def _download(url, dest, chunk=1<<20):
         if isinstance(e, DataError): raise
         raise DataError(f"{url} cannot be fetched: {getattr(e, 'reason', None) or e}") from None
 
-# %% ../nbs/01_data.ipynb #c8eddfff
+# %% ../nbs/01_data.ipynb #9a9b6b2b
 def _unpack(archive, dest, url):
-    if archive.suffix != '.zip' and not hasattr(tarfile, 'data_filter'):
-        raise DataError(f"this Python cannot unpack {url} safely; use 3.10.12, 3.11.4 or a later one, or unpack it and pass the folder")
-    try:
-        if archive.suffix == '.zip': _unzip(archive, dest)
-        else:
-            with tarfile.open(archive, 'r:gz') as t: t.extractall(dest, filter='data')
+    try: (_unzip if archive.suffix == '.zip' else _untar)(archive, dest)
     except DataError as e: raise DataError(f"{url}: {e}") from None
-    except tarfile.FilterError as e: raise DataError(f"{url}: its member {e.tarinfo.name!r} climbs out of the folder; refused") from None
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, ValueError, zlib.error) as e:
-        raise DataError(f"{url} is not a whole {''.join(archive.suffixes)} archive: {e}") from None
+        raise DataError(f"{url} is not a whole {''.join(archive.suffixes)} archive: {str(e).splitlines()[0]}") from None
+
+def _refuse_strangers(dest, name, plain):
+    "Only files and folders inside the destination; links could point anywhere"
+    if not plain: raise DataError(f"its member {name!r} is a link or a device; refused")
+    if not (dest/name).resolve().is_relative_to(dest.resolve()): raise DataError(f"its member {name!r} climbs out of the folder; refused")
 
 def _unzip(archive, dest):
     with zipfile.ZipFile(archive) as z:
-        for m in z.infolist():
-            if S_ISLNK(m.external_attr >> 16): raise DataError(f"its member {m.filename!r} is a link; refused")
-            if not (dest/m.filename).resolve().is_relative_to(dest.resolve()):
-                raise DataError(f"its member {m.filename!r} climbs out of the folder; refused")
+        for m in z.infolist(): _refuse_strangers(dest, m.filename, not S_ISLNK(m.external_attr >> 16))
         z.extractall(dest)
+
+def _untar(archive, dest):
+    with tarfile.open(archive, 'r:gz') as t:
+        for m in t.getmembers(): _refuse_strangers(dest, m.name, m.isfile() or m.isdir())
+        t.extractall(dest, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
 
 # %% ../nbs/01_data.ipynb #26b68871
 class DataPaths(NamedTuple):
