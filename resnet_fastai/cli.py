@@ -7,15 +7,15 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'demo_args', 'main', 'demo']
 
-# %% ../nbs/07_cli.ipynb #2a1f4337
-import sys
+# %% ../nbs/07_cli.ipynb #69486aa5
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-# %% ../nbs/07_cli.ipynb #a0cddbe2
+# %% ../nbs/07_cli.ipynb #c4229d31
 app = typer.Typer(help='Deep residual learning on your own photos: the ResNet paper from a shell.', no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -28,7 +28,9 @@ def _sentences():
         typer.echo(f'error: {e}', err=True)
         raise typer.Exit(1) from None
 
-def main(): app()
+def main():
+    warnings.filterwarnings('ignore', message='.*torch.jit.script.*')     # fastai's import, no concern of the user's
+    app()
 
 # %% ../nbs/07_cli.ipynb #8c92f517
 demo_args = dict(size=64, bs=16, patience=1, min_delta=.1, num_workers=0, net_args=dict(zero_init_residual=True))
