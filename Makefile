@@ -36,8 +36,7 @@ readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
 bench: $(READY)  ## every script in benchmarks/
-	@ls benchmarks/*.py >/dev/null 2>&1 || echo 'there are no benchmarks yet'
-	@for f in benchmarks/*.py; do test -e "$$f" || continue; echo "$$f"; $(BIN)/python "$$f" || exit 1; done
+	@for f in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do echo "$$f"; $(BIN)/python "$$f" || exit 1; done
 
 lab: $(READY)  ## JupyterLab at the front page
 	$(BIN)/jupyter lab nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)

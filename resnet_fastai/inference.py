@@ -7,7 +7,7 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/inference.html.md"""
 # %% auto #0
 __all__ = ['ten_crop', 'paper_scales', 'fifty_crop', 'crop_probs', 'predict_probs', 'evaluate']
 
-# %% ../nbs/05_inference.ipynb #cd677b8e
+# %% ../nbs/05_inference.ipynb #4e30f960
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from .augment import ColorStats, PCALighting, five_boxes, in_proportion, resize_short
-from .data import DataError, open_photo
+from .data import DataError, PhotoList, open_photo
 
 # %% ../nbs/05_inference.ipynb #f10d909f
 def _as_tensor(crops): # PIL images of one size → (n,3,H,W) float32 in [0,1]
@@ -77,7 +77,7 @@ def crop_probs(
         return net(x - mean).float().softmax(1).cpu()
     with _evaluating(net): return torch.cat([probs(x) for x in crops.split(bs)])
 
-# %% ../nbs/05_inference.ipynb #720a11f4
+# %% ../nbs/05_inference.ipynb #23b04eb1
 def predict_probs(
     net:nn.Module, # Gives logits
     image, # What `open_photo` takes, or a list of such
@@ -88,7 +88,7 @@ def predict_probs(
     bs:int=50, # Crops that go through the network at a time
 ) -> np.ndarray: # (n_out,) float32 that sums to 1; for a list one row each
     "Average the probabilities of a photo's crops"
-    if isinstance(image, (list, tuple)):
+    if isinstance(image, (list, tuple, PhotoList)):
         return np.stack([predict_probs(net, im, stats, size, scales, lighting, bs) for im in image])
     return crop_probs(net, fifty_crop(image, scales, size), stats, lighting, bs).mean(0).numpy()
 

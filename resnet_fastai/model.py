@@ -29,11 +29,16 @@ def conv(
     "The convolution that all these networks are made of"
     return nn.Conv2d(ni, nf, ks, stride, padding=ks//2, bias=False)
 
-# %% ../nbs/03_model.ipynb #7c82d8ef
+# %% ../nbs/03_model.ipynb #758fd1b9
 def _one_of(name, value, choices):
     "The value, if it is among the choices; a ValueError that lists them otherwise"
     if value in list(choices): return value
     raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+def _count(name, value):
+    "The value, if it is a whole number from 1 on; a ValueError otherwise"
+    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1: return int(value)
+    raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
 
 def block_convs(
     ni:int, # Channels in
@@ -48,9 +53,9 @@ def block_convs(
     s1,s3 = (stride, 1) if stride_at == '1x1' else (1, stride)
     return [(ni, nf//4, 1, s1), (nf//4, nf//4, 3, s3), (nf//4, nf, 1, 1)]
 
-# %% ../nbs/03_model.ipynb #6ecbe88d
+# %% ../nbs/03_model.ipynb #cb02d5c4
 class Block(nn.Module):
-    "relu(F(x) + shortcut(x)), where F is a bottleneck of three convolutions, or of two in the Basic kinds"      # §3.2, eq. 1 and 2
+    "relu(F(x) + shortcut(x)); F is a bottleneck of three convolutions, or two in the Basic kinds"      # §3.2
     layers = 3
     def __init__(self,
         ni:int, # Channels in
@@ -129,9 +134,10 @@ class BasicPlainBlock(PlainBlock):
     "A `PlainBlock` of two 3×3 convolutions"
     layers = 2
 
-# %% ../nbs/03_model.ipynb #a00dea96
+# %% ../nbs/03_model.ipynb #5bd42e72
 _blocks = {'identity': (IdentityBlock, BasicIdentityBlock), 'A': (PaddedBlock, BasicPaddedBlock),
-           'B': (ProjectionBlock, BasicProjectionBlock), 'C': (ProjectionBlock, BasicProjectionBlock), 'none': (PlainBlock, BasicPlainBlock)}
+           'B': (ProjectionBlock, BasicProjectionBlock), 'C': (ProjectionBlock, BasicProjectionBlock),
+           'none': (PlainBlock, BasicPlainBlock)}
 
 def make_block(
     ni:int, # Channels in
@@ -147,7 +153,7 @@ def make_block(
     kind = _blocks['identity' if same else shortcut][layers == 2]
     return kind(nf) if same else kind(ni, nf, stride, stride_at)
 
-# %% ../nbs/03_model.ipynb #aff20385
+# %% ../nbs/03_model.ipynb #b0cd25eb
 def stage(
     ni:int, # Channels in
     nf:int, # Channels out
@@ -160,11 +166,9 @@ def stage(
 
 def _tail(nf, n_out):
     "Global average pooling and the logits"
-    if isinstance(n_out, bool) or not isinstance(n_out, Integral) or n_out < 1:
-        raise ValueError(f"n_out is {n_out!r}; the number of outputs must be a whole number from 1 on")
-    return OrderedDict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(nf, int(n_out)))
+    return OrderedDict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(nf, _count('n_out', n_out)))
 
-# %% ../nbs/03_model.ipynb #6fbe92c4
+# %% ../nbs/03_model.ipynb #1665e703
 def init_he(
     net:nn.Module, # Changed in place
     zero_init_residual:bool=False, # Start every block as its shortcut (later practice; the paper does not)
@@ -173,11 +177,11 @@ def init_he(
     for m in net.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
         if zero_init_residual and isinstance(m, Block):
-            if isinstance(m, PlainBlock): raise ValueError("zero_init_residual needs shortcuts: a plain net would put out nothing but zeros")
+            if isinstance(m, PlainBlock): raise ValueError("zero_init_residual needs shortcuts; a plain net would put out zeros")
             nn.init.zeros_(getattr(m, f'bn{m.layers}').weight)
     return net
 
-# %% ../nbs/03_model.ipynb #42fd0782
+# %% ../nbs/03_model.ipynb #744958d0
 _table1 = {18: (2, (2,2,2,2)), 34: (2, (3,4,6,3)), 50: (3, (3,4,6,3)), 101: (3, (3,4,23,3)), 152: (3, (3,8,36,3))}
 
 def resnet(
@@ -190,7 +194,8 @@ def resnet(
     "A network of the paper's Table 1"
     layers,counts = _table1[_one_of('depth', depth, _table1)]
     nfs = [64] + [nf*(4 if layers == 3 else 1) for nf in (64,128,256,512)]
-    net = OrderedDict(conv1=conv(3, 64, 7, 2), bn1=nn.BatchNorm2d(64), relu=nn.ReLU(inplace=True), maxpool=nn.MaxPool2d(3, 2, padding=1))
+    net = OrderedDict(conv1=conv(3, 64, 7, 2), bn1=nn.BatchNorm2d(64), relu=nn.ReLU(inplace=True),
+                      maxpool=nn.MaxPool2d(3, 2, padding=1))
     for i,n in enumerate(counts):
         net[f'layer{i+1}'] = stage(nfs[i], nfs[i+1], n, 2 if i else 1, shortcut=shortcut, layers=layers, stride_at=stride_at)
     return init_he(nn.Sequential(net | _tail(nfs[-1], n_out)), zero_init_residual)
@@ -210,7 +215,7 @@ def plain(
     "The layers of `resnet(depth)` without its shortcuts: the nets that get worse with depth"      # §3.3, Table 2
     return resnet(_one_of('depth', depth, (18, 34)), n_out, shortcut='none')
 
-# %% ../nbs/03_model.ipynb #5312e495
+# %% ../nbs/03_model.ipynb #b3ca13bf
 def cifar_resnet(
     n:int=3, # Blocks in each of the three stages; 6n+2 layers
     n_out:int=10, # Outputs
@@ -218,8 +223,7 @@ def cifar_resnet(
     zero_init_residual:bool=False, # Start every block as its shortcut
 ) -> nn.Sequential: # (B,3,32,32) → logits (B,n_out)
     "A network of the paper's CIFAR-10 family"      # §4.2
-    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1: raise ValueError(f"n is {n!r}; the blocks of a stage must be a whole number from 1 on")
-    net = OrderedDict(conv1=conv(3, 16, 3), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(inplace=True))
+    n,net = _count('n', n),OrderedDict(conv1=conv(3, 16, 3), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(inplace=True))
     for i,(ni,nf) in enumerate([(16,16), (16,32), (32,64)]):
         net[f'layer{i+1}'] = stage(ni, nf, n, 2 if i else 1, shortcut=shortcut, layers=2)
     return init_he(nn.Sequential(net | _tail(64, n_out)), zero_init_residual)

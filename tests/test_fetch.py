@@ -1,6 +1,9 @@
 "Archives from a server on this machine, well-behaved and not: the photos arrive whole, or a sentence says why not."
+import hashlib
 import io
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -24,7 +27,7 @@ def zipped(members=files, links=()):
     return out.getvalue()
 
 
-def tarred(members=files, links=()):
+def tarred(members=files, links=(), devices=()):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode='w:gz') as t:
         for name, data in members.items():
@@ -34,6 +37,10 @@ def tarred(members=files, links=()):
         for name, to in links:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = tarfile.SYMTYPE, to
+            t.addfile(info)
+        for name, kind in devices:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, 'set/train/a/1.jpg'
             t.addfile(info)
     return out.getvalue()
 
@@ -48,15 +55,17 @@ def server():
             if path not in httpd.content: return self.send_error(404)
             body, length = httpd.content[path]
             self.send_response(200)
-            self.send_header('Content-Length', str(length))
+            if length == 'chunked': self.send_header('Transfer-Encoding', 'chunked')
+            elif length is not None: self.send_header('Content-Length', str(length))
             self.end_headers()
-            self.wfile.write(body)
+            if length == 'chunked': self.wfile.write(b'%x\r\n%s\r\n' % (2*len(body), body))      # promises twice as much, then hangs up
+            else: self.wfile.write(body)
         def log_message(self, *_): pass
     httpd = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     httpd.content, httpd.asked = {}, []
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    def put(path, body, length=None):
-        httpd.content[path] = body, len(body) if length is None else length
+    def put(path, body, length='true'):
+        httpd.content[path] = body, len(body) if length == 'true' else length
         return f'http://127.0.0.1:{httpd.server_port}{path}'
     put.asked = httpd.asked
     yield put
@@ -72,6 +81,23 @@ def test_archives_arrive_whole_and_once(server, tmp_path, name, body):
     assert resolve_data(url, cache=tmp_path/'cache') == home and len(server.asked) == asked
 
 
+def bomb(n, suffix):
+    "n gigabytes of zeros in a few megabytes or less"
+    out, zeros = io.BytesIO(), bytes(1 << 20)
+    if suffix == 'zip':
+        with zipfile.ZipFile(out, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as z:
+            with z.open('set/train/big.jpg', 'w', force_zip64=True) as f:
+                for _ in range(n << 10): f.write(zeros)
+    else:
+        class Zeros:
+            def read(self, k): return bytes(k)
+        with tarfile.open(fileobj=out, mode='w:gz', compresslevel=1) as t:
+            info = tarfile.TarInfo('set/train/big.jpg')
+            info.size = n << 30
+            t.addfile(info, Zeros())
+    return out.getvalue()
+
+
 hostile = {
     'zip climbs': ('zip', zipped({'../evil.jpg': b'', **files}), "'../evil.jpg' climbs out"),
     'zip absolute': ('zip', zipped({'/evil.jpg': b'', **files}), "'/evil.jpg' climbs out"),
@@ -80,8 +106,14 @@ hostile = {
     'tar link': ('tgz', tarred(links=[('set/train/l', '../../../..')]), "'set/train/l' is a link"),
     'tar absolute': ('tgz', tarred({'/evil.jpg': b'', **files}), "'/evil.jpg' climbs out"),
     'tar absolute link': ('tgz', tarred(links=[('set/train/l', '/etc')]), "'set/train/l' is a link"),
-    'a page, not a zip': ('zip', b'<html>not found</html>', 'is not a whole .zip archive'),
-    'a page, not a tar': ('tar.gz', b'<html>not found</html>', 'is not a whole .tar.gz archive'),
+    'tar hard link': ('tgz', tarred(devices=[('set/train/l', tarfile.LNKTYPE)]), "'set/train/l' is a link"),
+    'tar device': ('tgz', tarred(devices=[('set/train/zero', tarfile.CHRTYPE)]), "'set/train/zero' is a link or a device"),
+    'tar pipe': ('tgz', tarred(devices=[('set/train/pipe', tarfile.FIFOTYPE)]), "'set/train/pipe' is a link or a device"),
+    'a page, not a zip': ('zip', b'\n<!DOCTYPE html><html>please log in</html>', 'gave a web page, not an archive'),
+    'a page, not a tar': ('tar.gz', b'<html>not found</html>', 'gave a web page, not an archive'),
+    'neither page nor zip': ('zip', b'{"error": 500}', 'is not a whole .zip archive'),
+    'zip bomb': ('zip', lambda: bomb(2, 'zip'), 'unpacks to more than 1,073,741,824 bytes, 100 times its own size'),
+    'tar bomb': ('tgz', lambda: bomb(2, 'tgz'), 'unpacks to more than 1,073,741,824 bytes, 100 times its own size'),
     'cut zip': ('zip', zipped()[:-30], 'is not a whole .zip archive'),
     'cut tar': ('tgz', tarred()[:-30], 'is not a whole .tgz archive'),
     'no train': ('zip', zipped({'set/photos/1.jpg': b'1'}), 'has no folder train/'),
@@ -91,6 +123,7 @@ hostile = {
 @pytest.mark.parametrize('case', hostile)
 def test_hostile_archives_leave_nothing(server, tmp_path, case):
     suffix, body, says = hostile[case]
+    if callable(body): body = body()
     before = sorted(tmp_path.parent.iterdir())
     with pytest.raises(DataError) as e: resolve_data(server(f'/{tmp_path.name}/x.{suffix}', body), cache=tmp_path/'cache')
     assert says in str(e.value) and '\n' not in str(e.value)
@@ -102,6 +135,40 @@ def test_a_cut_connection_is_not_taken_for_the_whole(server, tmp_path):
     with pytest.raises(DataError, match='broke off|cannot be fetched'): resolve_data(url, cache=tmp_path/'cache')
     server(f'/{tmp_path.name}/x.zip', zipped())
     assert len(list_photos(resolve_data(url, cache=tmp_path/'cache'))) == 2
+
+
+def test_a_cut_chunked_answer_is_not_taken_for_the_whole(server, tmp_path):
+    url = server(f'/{tmp_path.name}/x.tgz', tarred(), length='chunked')
+    with pytest.raises(DataError, match='cannot be fetched'): resolve_data(url, cache=tmp_path/'cache')
+    assert list((tmp_path/'cache').iterdir()) == []
+
+
+def test_more_than_the_disk_has_left(server, tmp_path, monkeypatch):
+    import shutil
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(100, 98, 2))
+    with pytest.raises(DataError, match='more than the 2 bytes that the disk has left'):
+        resolve_data(server(f'/{tmp_path.name}/x.zip', zipped()), cache=tmp_path/'cache')
+
+
+def test_sha256_behind_the_url(server, tmp_path):
+    body = zipped()
+    url, right = server(f'/{tmp_path.name}/x.zip', body), hashlib.sha256(body).hexdigest()
+    with pytest.raises(DataError, match=f'has the SHA-256 sum {right}, not {"0"*64}'): resolve_data(f'{url}#sha256={"0"*64}', cache=tmp_path/'cache')
+    assert list((tmp_path/'cache').iterdir()) == []
+    assert len(list_photos(resolve_data(f'{url}#sha256={right.upper()}', cache=tmp_path/'cache'))) == 2
+
+
+def test_two_processes_fetch_at_once(server, tmp_path):
+    "Both end well, with the same photos in the same place, and nothing is left beside them"
+    url = server(f'/{tmp_path.name}/x.zip', zipped({f'set/train/{i}.jpg': bytes([i % 256])*1000 for i in range(500)}))
+    code = 'import sys; from resnet_fastai.data import resolve_data; input(); print(resolve_data(*sys.argv[1:]))'
+    both = [subprocess.Popen([sys.executable, '-c', code, url, str(tmp_path/'cache')], stdin=-1, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    for p in both:                                                               # both have imported; now go
+        p.stdin.write('\n'); p.stdin.flush()
+    said = [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    homes = {out.strip().splitlines()[-1] for out, _ in said}
+    assert len(homes) == 1 and len(list_photos(homes.pop())) == 500 and len(list((tmp_path/'cache').iterdir())) == 1
 
 
 @pytest.mark.parametrize('url,says', [('http://127.0.0.1:1/x.zip', 'cannot be fetched'), ('gopher://127.0.0.1/x.zip', 'starts with neither'),

@@ -110,7 +110,7 @@ def test_constraints_cover_all_that_gets_installed():
 
 
 def test_modules_import_from_lower_chapters_only():
-    order = {p.stem.split('_', 1)[1]: int(p.stem.split('_')[0]) for p in (root/'nbs').glob('[0-9]*.ipynb')}
+    order = {p.stem.split('_', 1)[1]: p.stem.split('_')[0] for p in (root/'nbs').glob('[0-9]*.ipynb')}
     assert set(order) == {p.stem for p in (root/'resnet_fastai').glob('[!_]*.py')}
     for name, number in order.items():
         text = (root/'resnet_fastai'/f'{name}.py').read_text(encoding='utf-8')
