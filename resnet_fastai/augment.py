@@ -6,9 +6,9 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/augment.html.md"""
 
 # %% auto #0
 __all__ = ['short_size', 'resize_short', 'in_proportion', 'jitter_sides', 'random_box', 'five_boxes', 'crop_photo',
-           'ScaleJitterCrop', 'color_moments', 'survey', 'ColorStats', 'read_stats', 'PCALighting', 'Centre', 'recipe']
+           'ScaleJitterCrop', 'color_moments', 'survey', 'ColorStats', 'read_stats', 'PCALighting', 'ToInput', 'recipe']
 
-# %% ../nbs/02_augment.ipynb #063ab998
+# %% ../nbs/02_augment.ipynb #c1549765
 import hashlib
 import json
 import math
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.external import fastai_path
-from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandTransform
 from fastcore.basics import patch
@@ -310,18 +309,16 @@ def read_stats(
     if not good[n:].any(): raise PhotoError(f"none of the {len(paths)-n:,} validation photos can be read")
     return found[0], {**photos, 'train': photos['train'][good[:n]], 'val': photos['val'][good[n:]]}
 
-# %% ../nbs/02_augment.ipynb #021a35c0
+# %% ../nbs/02_augment.ipynb #1f26c7bd
 class PCALighting(RandTransform):
     "Shift the colours of each training photo along the axes of the training set's colours"     # §3.4; AlexNet §4.1
     order,split_idx = 20,0                      # after the division by 255 (10), before the mean goes (99); training only
     def __init__(self,
         stats:ColorStats, # Of the training set
         std:float=.1, # Standard deviation of α
-        inplace:bool=False, # Change the batch that is given, instead of a copy?
     ): 
         super().__init__()
         self.std, self.axes = std, torch.tensor(stats.eigvec*stats.eigval, dtype=torch.float32)    # column k: pₖ λₖ
-        self.inplace = inplace
 
     def shift(self, 
         n:int, # Photos
@@ -331,13 +328,33 @@ class PCALighting(RandTransform):
         return torch.randn(n, 3, device=device)*self.std @ self.axes.to(device).T
 
     def encodes(self, x:TensorImage):           # (B,3,H,W), RGB in [0,1]
-        shift = self.shift(len(x), x.device)[..., None, None].to(x.dtype)
-        return x.add_(shift) if self.inplace else x + shift
+        return x + self.shift(len(x), x.device)[..., None, None].to(x.dtype)
 
-# %% ../nbs/02_augment.ipynb #ba7455e7
-class Centre(Normalize):
-    "Subtract the training set's mean from a batch that the transform before it has just made"       # §3.4
-    def encodes(self, x:TensorImage): return x.sub_(self.mean)
+# %% ../nbs/02_augment.ipynb #5c3d6005
+class ToInput(PCALighting):
+    "8-bit RGB → what the network sees: divided by 255, lit in training, centred"      # §3.4
+    order,split_idx = 10,None
+    def __init__(self,
+        stats:ColorStats, # Of the training set
+        std:float=.1, # Standard deviation of α; 0: no lighting
+    ):
+        super().__init__(stats, std)
+        self.mean = torch.tensor(stats.mean, dtype=torch.float32)
+
+    def before_call(self, b, split_idx:int): self.do, self.lit = True, split_idx == 0 and self.std > 0
+
+    def encodes(self, x:TensorImage):           # (B,3,H,W) uint8 → float32
+        add = -self.mean.to(x.device).expand(len(x), 3)
+        if self.lit: add = add + self.shift(len(x), x.device)
+        add = add[..., None, None]
+        if x.device.type != 'cpu': return x.float().mul_(1/255).add_(add)
+        out = np.empty(x.shape, np.float32)
+        for o,rgb,a in zip(out, x.numpy(), add.numpy()):                 # photo by photo, in the cache; the other cores are busy decoding
+            np.multiply(rgb, np.float32(1/255), out=o)
+            o += a
+        return TensorImage(out)
+
+    def decodes(self, x:TensorImage): return x + self.mean.to(x.device)[:, None, None]
 
 def recipe(
     size:int, # Side of the crop, pixels
@@ -347,5 +364,4 @@ def recipe(
     lighting:float=.1, # Standard deviation of α; 0: no lighting
 ) -> tuple: # (transforms of one photo, transforms of a batch)
     "The paper's augmentation and normalisation as fastai transforms"        # §3.4
-    centre = Centre.from_stats(stats.mean.tolist(), [1., 1., 1.], cuda=False)
-    return [ScaleJitterCrop(size, min_side, max_side)], [PCALighting(stats, lighting, inplace=True), centre] if lighting else [centre]
+    return [ScaleJitterCrop(size, min_side, max_side)], [ToInput(stats, lighting)]

@@ -10,7 +10,7 @@ __all__ = ['photo_suffixes', 'splits', 'DataError', 'LabelError', 'PhotoError', 
            'each_photo', 'resolve_data', 'DataPaths', 'from_folders', 'draw_photo', 'demo_data', 'PhotoDL',
            'PhotoBlock', 'photo_block', 'labelled_photos', 'resnet_dls']
 
-# %% ../nbs/01_data.ipynb #bd6fba2b
+# %% ../nbs/01_data.ipynb #076c7459
 import gc
 import hashlib
 import json
@@ -35,7 +35,6 @@ import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.external import fastai_path
-from fastai.data.transforms import IntToFloatTensor
 from fastai.torch_core import show_image
 from fastcore.basics import defaults, patch
 from fastprogress.fastprogress import progress_bar
@@ -662,7 +661,7 @@ class PhotoDL(TfmdDL):
             if hasattr(t, 'rng'): t.rng.seed(getattr(self, 'epoch_seed', 0) << 32 | int(i or 0))
         return super().do_item(i)
 
-# %% ../nbs/01_data.ipynb #e8836e56
+# %% ../nbs/01_data.ipynb #4d6cd480
 class PhotoBlock(DataBlock):
     "A `DataBlock` whose first `n_train` items are for training, without a list of their million numbers"
     n_train = 0
@@ -675,10 +674,10 @@ def photo_block(
     n_train:int, # The first so many photos are for training, the rest for validation
     n_out:int=1000, # Outputs of the network
     item_tfms:list=None, # One photo → a crop
-    batch_tfms:list=None, # A batch of crops, on the device
+    batch_tfms:list=None, # A batch of crops, 8-bit RGB on the device → what the network sees
 ) -> DataBlock: # Takes a `PhotoList` or a list of paths
     "The `DataBlock` of photos whose labels and indices are the user's own"
-    photo = TransformBlock(type_tfms=Photo.create, batch_tfms=IntToFloatTensor, dl_type=PhotoDL)
+    photo = TransformBlock(type_tfms=Photo.create, dl_type=PhotoDL)
     block = PhotoBlock(blocks=(photo, CategoryBlock(labels.vocab(n_out), sort=False)), get_y=labels, item_tfms=item_tfms, batch_tfms=batch_tfms)
     block.n_train = n_train
     return block
