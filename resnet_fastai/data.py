@@ -250,7 +250,7 @@ class Photo:
         **kwargs
     ): return cls(image)
 
-# %% ../nbs/01_data.ipynb #15584283
+# %% ../nbs/01_data.ipynb #aebff33c
 @patch
 @contextmanager
 def _named(self:Photo):
@@ -259,10 +259,12 @@ def _named(self:Photo):
     except FileNotFoundError: raise PhotoError(f"{self.name} does not exist") from None
     except Image.DecompressionBombError as e:
         raise PhotoError(f"{self.name} is too large to be a photo: {e} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it.") from None
-    except Exception as e: raise PhotoError(f"{self.name} cannot be read as a photo: {_reason(e)}") from None
+    except Exception as e: raise PhotoError(f"{self.name} cannot be read as a photo: {_reason(e, self.name)}") from None
 
-def _reason(e):
-    if isinstance(e, Image.UnidentifiedImageError): return 'not an image, or damaged'
+def _reason(e, name):
+    if isinstance(e, Image.UnidentifiedImageError):
+        if name.lower().endswith((".heic'", ".heif'")): return 'Pillow opens HEIC only after pillow_heif.register_heif_opener()'
+        return 'not an image, or damaged'
     return getattr(e, 'strerror', None) or str(e) or type(e).__name__
 
 # %% ../nbs/01_data.ipynb #dc8362ca

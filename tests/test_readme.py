@@ -18,10 +18,11 @@ def test_the_ten_lines_run(tmp_path, monkeypatch):
     (tmp_path/'labels.json').write_text(json.dumps(labels))
     (paths.data_path/'test'/'test_00000.jpg').rename(paths.data_path/'test'/'IMG_0042.jpg')
     monkeypatch.chdir(tmp_path)
-    code, = re.findall(r'```python\n(.*?)```', readme, re.S)
+    code = '\n'.join(re.findall(r'```python\n(.*?)```', readme, re.S))
     names = {}
     assert code.count('epochs=5') == 2
     exec(code.replace('epochs=5', 'epochs=1'), names)
     assert isinstance(names['history'], pd.DataFrame) and len(names['history']) == 1
     assert len(names['learn'].recorder.values) == 1
     assert (tmp_path/'my_model'/'model.safetensors').exists()
+    assert len(list((tmp_path/'photos-480').rglob('*.jpg'))) == 7
