@@ -229,7 +229,7 @@ def _cut_short(
     end = data.rfind(b'\xff\xd9')
     return end < 0 or data.find(b'\xff\xda', end) >= 0
 
-# %% ../nbs/01_data.ipynb #f934b22d
+# %% ../nbs/01_data.ipynb #6895b60d
 class Photo:
     "A photo that is decoded when it is used, and as finely as it is needed; a `PhotoError` names it where that fails"
     def __init__(self,
@@ -246,7 +246,7 @@ class Photo:
 
     @classmethod
     def create(cls,
-        image, # A file, the bytes of one, or a PIL image
+        image:str|Path|bytes|Image.Image, # A file, the bytes of one, or a PIL image
         **kwargs
     ): return cls(image)
 

@@ -295,3 +295,27 @@ def test_a_lookup_at_once_is_the_lookup_one_by_one(tmp_path):
     map_ = LabelMap(labels, {str(i): i for i in range(60)})
     for paths in labelled_photos(tmp_path/'data', map_).values():
         for p in paths: assert p.label == map_(Path(p)) == p.name.split('.')[0][1:]
+
+
+# ── The rest of fastai ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_fastai_goes_on_working(drawn):
+    import matplotlib.pyplot as plt
+    from fastai.vision.all import ClassificationInterpretation
+    from resnet_fastai.core import train
+    learn = train(*drawn, epochs=1, arch='resnet18', size=32, bs=8, num_workers=0)
+    dls, test = learn.dls, learn.dls.photos['test']
+    encoding = [dls.labels.encoding[dls.labels(Path(p))] for p in test]
+    probs, y = learn.get_preds(dl=dls.test_dl(test, with_labels=True))
+    assert y.tolist() == encoding and probs.shape == (4, 1000)
+    again, _ = learn.get_preds(dl=dls.test_dl([str(p) for p in test]))            # plain paths, as text
+    assert torch.equal(probs, again)
+    for image in (test[0], Path(test[0]), str(test[0]), test[0].read_bytes(), open_photo(test[0])):
+        assert torch.allclose(learn.predict(image)[2], probs[0], atol=1e-4)
+    interp = ClassificationInterpretation.from_learner(learn)
+    assert set(interp.top_losses(8, items=True)[2]) == set(dls.photos['val'])
+    interp.plot_top_losses(4, nrows=2)
+    learn.show_results(max_n=4)
+    dls.show_batch(max_n=4)
+    dls.train_ds[0][0].show()
+    plt.close('all')
