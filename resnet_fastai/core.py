@@ -7,7 +7,7 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/core.html.md"""
 # %% auto #0
 __all__ = ['ResNet', 'train', 'plot_predictions']
 
-# %% ../nbs/06_core.ipynb #7a33d47a
+# %% ../nbs/06_core.ipynb #9671a078
 import hashlib
 import json
 from contextlib import contextmanager
@@ -30,9 +30,9 @@ from .augment import ColorStats
 from .data import DataError, LabelMap, PhotoError, open_photo, replacing, resnet_dls, write_json
 from .inference import predict_probs
 from .model import build_net
-from .training import resnet_learner
+from .training import Checkpoint, paper_sgd, resnet_learner
 
-# %% ../nbs/06_core.ipynb #9e4abb6b
+# %% ../nbs/06_core.ipynb #d26367b6
 class ResNet:
     "The paper's network on your photos: `fit`, `predict`, `predict_n`, `save`, `load`"
     @delegates(resnet_dls)
@@ -48,6 +48,15 @@ class ResNet:
         min_delta:float=1e-4, # The least decrease of the validation loss that counts as better
         seed:int|None=42, # Fixes every draw; None leaves the generators alone
         net_args:dict|None=None, # More for `build_net`: stride_at, shortcut, zero_init_residual
+        run_folder:str|Path|None=None, # Where checkpoints and history.csv go, from which `fit(…, resume=True)` goes on; None: nowhere
+        every:str|int='epoch', # A checkpoint after each 'epoch', or also after so many updates
+        keep:int|None=2, # So many of the newest checkpoints stay, and the best; None: all
+        schedule=None, # A callback that moves the rate, like `StepLR`; None: `PlateauLR(patience=patience, min_delta=min_delta)`
+        decay:str='weights', # What decays: 'weights', 'conv_fc' (and the last layer's bias) or 'all' (and BN)
+        opt_func=paper_sgd, # Or `caffe_sgd`
+        precision:str='fp32', # Of the convolutions: 'fp32', 'bf16' or 'fp16'
+        channels_last:bool=False, # Another order of the numbers in memory; faster in 16 bits
+        compile:bool=False, # Let PyTorch compile the network: a slow first batch, faster ones later
         cbs=None, # More fastai callbacks
         **kwargs
     ):
@@ -55,7 +64,10 @@ class ResNet:
         if bs < 1 or micro_bs < 1 or bs % micro_bs: raise DataError(f"bs={bs} is not a multiple of micro_bs={micro_bs}")
         if seed is not None: set_seed(seed)
         dls = resnet_dls(data_path, label_path, label_encoding, bs=micro_bs, **kwargs)
-        self.learn = resnet_learner(dls, arch, bs=bs, lr=lr, patience=patience, min_delta=min_delta, cbs=cbs, **(net_args or {}))
+        self.learn = resnet_learner(dls, arch, bs=bs, lr=lr, patience=patience, min_delta=min_delta, schedule=schedule, decay=decay,
+                                    opt_func=opt_func, precision=precision, channels_last=channels_last, compile=compile, cbs=cbs,
+                                    **(net_args or {}))
+        if run_folder is not None: self.learn.add_cb(Checkpoint(run_folder, every=every, keep=keep))
         self.labels, self.stats, self.size = dls.labels, dls.stats, dls.size
         self.arch, self.net_args, self._loaded = arch, net_args or {}, None
 
@@ -65,7 +77,7 @@ class ResNet:
     def history(self): return self.learn.history.df if self.learn else self._loaded[1]
     def __repr__(self): return f'ResNet({self.arch}, {len(self.labels)} labels, size {self.size}, {len(self.history)} epochs)'
 
-# %% ../nbs/06_core.ipynb #5ad25003
+# %% ../nbs/06_core.ipynb #352ae099
 @contextmanager
 def _plainly():
     "A `PhotoError` out of a worker process as the sentence it began as"
@@ -74,26 +86,29 @@ def _plainly():
 
 @patch
 def fit(self:ResNet,
-    epochs:int=5, # Passes over the training photos
-) -> pd.DataFrame: # A row an epoch, of this and all earlier fits: epoch, train_loss, valid_loss, top1_error, top5_error, lr, seconds
+    epochs:int=5, # Passes over the training photos; with `resume`, those of the whole run
+    resume:bool=False, # Go on from the newest checkpoint in `run_folder`, exactly; begin where there is none
+) -> pd.DataFrame: # A row an epoch, of all fits: epoch, train_loss, valid_loss, top1_error, top5_error, lr, seconds, train_error
     "Train, or train on: weights, momentum, rate, plateau count and history continue"
     if self.learn is None: raise DataError("a loaded model has no photos to train on; make a ResNet(data_path, label_path, label_encoding)")
     if type(epochs) is not int or epochs < 1: raise DataError(f"epochs is {epochs!r}; it must be a whole number from 1 on")
-    with _plainly(): self.learn.fit(epochs)
+    with _plainly(): (self.learn.resume if resume else self.learn.fit)(epochs)
     return self.history
 
-# %% ../nbs/06_core.ipynb #0cadf3a3
+# %% ../nbs/06_core.ipynb #09d5bd75
 @delegates(ResNet)
 def train(
     data_path:str|Path, # Folder with train/ and val/ (test/ may be there), or the URL of an archive of one
     label_path:str|Path, # JSON {image id: label}
     label_encoding:str|Path, # JSON {label: index}
     epochs:int=5, # Passes over the training photos
+    resume:str|Path|None=None, # A run's folder: go on with it until it has had `epochs` epochs; begin it where it is empty
     **kwargs
 ) -> Learner: # Trained; `recorder`, `show_results`, `get_preds` and the rest of fastai work on it
     "Train the paper's network on a folder of photos"
+    if resume is not None: kwargs['run_folder'] = resume
     model = ResNet(data_path, label_path, label_encoding, **kwargs)
-    model.fit(epochs)
+    model.fit(epochs, resume=resume is not None)
     return model.learn
 
 # %% ../nbs/06_core.ipynb #1f3b68fd
