@@ -110,6 +110,8 @@ def shrink_photos(
     num_workers:int|None=None, # Processes; None: one a core
 ) -> Path: # dest: the same names, ready to train on
     "Write large photos anew at the size that training needs; whatever is small, or cannot be read, is linked as it is"
+    for name,value,most in ('short_side', short_side, 65_535), ('quality', quality, 100):
+        if type(value) is not int or not 1 <= value <= most: raise DataError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
     root, dest = resolve_data(data_path), Path(dest)
     _open_dest(dest, root, dict(source=str(root.resolve()), short_side=short_side, quality=quality))
     paths = list_photos(root)
