@@ -8,7 +8,7 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/data.html.md"""
 __all__ = ['photo_suffixes', 'splits', 'DataError', 'LabelError', 'PhotoError', 'read_json_object', 'replacing', 'write_json',
            'photo_ids', 'LabelMap', 'Photo', 'open_photo', 'list_photos', 'PhotoPath', 'PhotoList', 'split_photos',
            'each_photo', 'resolve_data', 'DataPaths', 'from_folders', 'draw_photo', 'demo_data', 'PhotoDL',
-           'PhotoBlock', 'photo_block', 'labelled_photos', 'resnet_dls']
+           'join_processes', 'first_here', 'PhotoBlock', 'photo_block', 'labelled_photos', 'resnet_dls']
 
 # %% ../nbs/01_data.ipynb #076c7459
 import gc
@@ -23,8 +23,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from http.client import HTTPException
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from stat import S_ISLNK
 from typing import NamedTuple
@@ -32,10 +34,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.external import fastai_path
-from fastai.torch_core import show_image
+from fastai.torch_core import num_distrib, show_image
 from fastcore.basics import defaults, patch
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
@@ -125,7 +128,8 @@ def _read_map(
 ) -> tuple: # ({key: value}, its name)
     "A mapping, from whatever somebody keeps it in"
     if isinstance(source, dict): return source, name
-    if not isinstance(source, pd.DataFrame): return read_json_object(source), Path(source).name
+    if isinstance(source, (str, os.PathLike)): return read_json_object(source), Path(source).name
+    if not isinstance(source, pd.DataFrame): raise DataError(f"{name} are {source!r:.80}; pass a JSON file, a dict, or a DataFrame of two columns")
     if source.shape[1] < 2: raise LabelError(f"{name} are a table of {source.shape[1]} columns; a key and a value are needed")
     try: return _unique(list(zip(source.iloc[:,0].astype(str), source.iloc[:,1].tolist()))), name
     except LabelError as e: raise LabelError(f"the table of {name} {e}") from None
@@ -434,6 +438,7 @@ def resolve_data(
     cache:str|Path|None=None, # Where archives are unpacked; None: fastai's data folder
 ) -> Path: # The folder that holds train/
     "The local folder of the photos, fetched and unpacked if need be"
+    if not isinstance(source, (str, os.PathLike)): raise DataError(f"data_path is {source!r:.80}; pass a folder, or the URL of an archive")
     if '://' not in str(source):
         if Path(source).is_dir(): return Path(source)
         raise DataError(f"data_path {str(source)!r} is not a folder; pass a folder, or the URL of a {', '.join(_archives)}")
@@ -651,10 +656,38 @@ def demo_data(
 
 # %% ../nbs/01_data.ipynb #e0b3d2fc
 class PhotoDL(TfmdDL):
-    "A `TfmdDL` whose order is compact and whose draws do not depend on the number of workers"
+    "A `TfmdDL` whose order is compact, whose draws do not depend on the number of workers, and which several processes can share"
+    rank,ranks,shares = 0,1,None
+    def photos_in(self) -> list[int]:
+        "The number of photos in each batch, all processes together"
+        whole,rest = divmod(self.n, self.bs*self.ranks)
+        sizes = [self.bs*self.ranks]*whole
+        if not rest or self.drop_last: return sizes
+        if not self.shuffle or rest >= 2*self.ranks: return sizes + [rest]
+        if not sizes: raise DataError(f"{self.n} photos are too few for {self.ranks} process{'es' if self.ranks > 1 else ''}: "
+                                      "training needs two for each")
+        return sizes[:-1] + [sizes[-1] + rest]
+
+    def __len__(self): return len(self.photos_in())
+
     def get_idxs(self):
+        "The order of an epoch; of it, this process's share"
         self.epoch_seed = self.rng.getrandbits(64)
-        return np.random.default_rng(self.epoch_seed).permutation(self.n) if self.shuffle else np.arange(self.n)
+        order = np.random.default_rng(self.epoch_seed).permutation(self.n) if self.shuffle else np.arange(self.n)
+        ends = np.cumsum([0, *self.photos_in()])
+        cut = (ends[:-1,None] + np.diff(ends)[:,None]*np.arange(self.ranks + 1)//self.ranks)[:, self.rank:self.rank+2]
+        self.shares = np.diff(cut)[:,0].tolist()
+        return np.concatenate([order[a:b] for a,b in cut]) if len(cut) else order[:0]
+
+    def sample(self):
+        if self.shares is None: return super().sample()
+        batches = np.split(self._DataLoader__idxs, np.cumsum(self.shares)[:-1])
+        return (i for batch in batches[self.offs::self.num_workers] for i in batch)
+
+    def chunkify(self, b):
+        if self.shares is None: return super().chunkify(b)
+        b = iter(b)
+        return filter(None, (list(islice(b, n)) for n in self.shares[self.offs::self.num_workers]))
 
     def wif(self): gc.freeze()                                        # in a worker: the garbage collector writes to what it looks at
 
@@ -662,6 +695,26 @@ class PhotoDL(TfmdDL):
         for t in self.after_item.fs:
             if hasattr(t, 'rng'): t.rng.seed(getattr(self, 'epoch_seed', 0) << 32 | int(i or 0))
         return super().do_item(i)
+
+# %% ../nbs/01_data.ipynb #4612ee07
+def join_processes():
+    "Join the processes that `torchrun` or `accelerate launch` has started with this one; nothing where it is alone"
+    if num_distrib() < 2 or dist.is_initialized(): return
+    gpus = torch.cuda.is_available()
+    if gpus: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+
+@contextmanager
+def first_here(
+    wait:timedelta=timedelta(days=1), # How long the others wait at the most; the first look at a million photos takes an hour
+):
+    "One process of each machine runs what is inside; then its others do"
+    if num_distrib() < 2: return (yield)
+    late = int(os.environ.get('LOCAL_RANK', 0)) > 0
+    turn = dist.new_group(backend='gloo', timeout=wait)
+    if late: dist.barrier(turn)
+    yield
+    if not late: dist.barrier(turn)
 
 # %% ../nbs/01_data.ipynb #4d6cd480
 class PhotoBlock(DataBlock):
@@ -725,15 +778,18 @@ def resnet_dls(
     "The training and validation batches of the paper's recipe; the target of a photo is the index that you gave its label"
     from resnet_fastai.augment import read_stats, recipe   # chapter 2 makes them; chapter 1 comes first
     if on_bad not in ('error', 'skip'): raise DataError(f"on_bad is {on_bad!r}; it must be 'error' or 'skip'")
-    labels, root = LabelMap(label_path, label_encoding), resolve_data(data_path)
+    join_processes()
+    labels = LabelMap(label_path, label_encoding)
     labels.vocab(n_out)
-    photos = labelled_photos(root, labels, on_bad)
-    if stats is None or on_bad == 'skip':
-        own, photos = read_stats(photos, on_bad, num_workers)
-        stats = stats or own
+    with first_here():                                     # the others find what it has fetched and read
+        root = resolve_data(data_path)
+        photos = labelled_photos(root, labels, on_bad)
+        if stats is None or on_bad == 'skip':
+            own, photos = read_stats(photos, on_bad, num_workers)
+            stats = stats or own
     item_tfms, batch_tfms = recipe(size, min_side, max_side, stats, lighting)
     n_train = len(photos['train'])
     dls = photo_block(labels, n_train, n_out, item_tfms, batch_tfms).dataloaders(
-        photos['train'] + photos['val'], path=root, bs=bs, drop_last=n_train % bs == 1, num_workers=num_workers, device=device)
+        photos['train'] + photos['val'], path=root, bs=bs, drop_last=False, num_workers=num_workers, device=device)
     dls.labels, dls.stats, dls.photos, dls.size = labels, stats, photos, size
     return dls

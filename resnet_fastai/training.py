@@ -6,9 +6,9 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/training.html.md"""
 
 # %% auto #0
 __all__ = ['paper_sgd', 'caffe_velocity', 'caffe_step', 'caffe_sgd', 'Accumulate', 'top1_error', 'top5_error', 'default_lr',
-           'RateDrop', 'PlateauLR', 'StepLR', 'WarmUp', 'History', 'Precision', 'LossError', 'batch_names',
-           'FiniteLoss', 'get_rng', 'set_rng', 'batches_from', 'ResumableLearner', 'run_identity', 'Checkpoint',
-           'read_checkpoint', 'resnet_learner', 'plot_history']
+           'RateDrop', 'PlateauLR', 'StepLR', 'WarmUp', 'History', 'fast_precision', 'Precision', 'LossError',
+           'batch_names', 'FiniteLoss', 'get_rng', 'set_rng', 'batches_from', 'ResumableLearner', 'run_identity',
+           'Checkpoint', 'read_checkpoint', 'resnet_learner', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #9c4cc2fc
 import hashlib
@@ -36,7 +36,7 @@ from fastai.imports import noop
 from fastai.learner import Learner, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Optimizer, l2_reg
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import maybe_gather, num_distrib, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
@@ -69,22 +69,26 @@ def caffe_sgd(
 # %% ../nbs/04_training.ipynb #5eaca6c8
 class Accumulate(Callback):
     "One optimiser step per `bs` photos, from the gradients of several micro-batches; their mean, exactly"
-    order,run_valid = 60,False                           # after MixedPrecision's scaling and every other loss change
+    order,run_valid = 40,False                           # after fastai's MixedPrecision, before `ManyProcesses` asks for the last one
     def __init__(self,
         bs:int=256, # Photos in an update
     ): self.bs = bs
 
     def before_train(self):
-        self.count = 0
+        self.count,self.ranks = 0,getattr(self.dls.train, 'ranks', 1)
+        self.sizes = self.dls.train.photos_in() if self.ranks > 1 else None
         self.opt.zero_grad()                             # a run that broke off may have left half an update's gradients
 
-    def after_loss(self):
+    def before_batch(self):
         self.n = len(self.yb[0])
-        self.learn.loss_grad = self.loss_grad*(self.n/self.bs)
+        self.count += self.sizes[self.iter] if self.sizes else self.n
+        self.last = self.count >= self.bs or self.iter == self.n_iter-1
+
+    def after_loss(self):                                # the mean over processes is taken afterwards
+        self.learn.loss_grad = self.loss_grad*(self.n*self.ranks/self.bs)
 
     def before_step(self):
-        self.count += self.n
-        if self.count < self.bs and self.iter < self.n_iter-1: raise CancelBatchException()     # keep the gradients, go on
+        if not self.last: raise CancelBatchException()   # keep the gradients, go on
         if self.count != self.bs:
             torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], self.bs/self.count)
         self.count = 0
@@ -206,7 +210,7 @@ class WarmUp(Callback):
 
     def after_batch(self):
         if self.over: return
-        self.errors = [*self.errors, top1_error(self.pred, *self.yb).item()][-self.window:]
+        self.errors = [*self.errors, maybe_gather(top1_error(self.pred, *self.yb)).item()][-self.window:]     # of all processes
         self.over = len(self.errors) == self.window and sum(self.errors)/self.window < self.until
         if self.over: self.opt.set_hyper('lr', self.full)
 
@@ -245,6 +249,16 @@ class History(Callback):
 
     @property
     def df(self): return pd.DataFrame(self.rows)
+
+# %% ../nbs/04_training.ipynb #e6019d84
+def fast_precision(
+    device, # Where the network is: a `torch.device`, or its name
+) -> str: # 'bf16' or 'fp32'
+    "The fastest precision that keeps the result: bf16 where the hardware computes in it"
+    kind = torch.device(device).type
+    if kind == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 or torch.version.hip else 'fp32'
+    has = [getattr(torch.cpu, f'_is_{what}_supported', lambda: False)() for what in ('avx512_bf16', 'amx_tile')]
+    return 'bf16' if kind == 'cpu' and any(has) else 'fp32'
 
 # %% ../nbs/04_training.ipynb #7ffc038c
 class Precision(Callback):
@@ -289,13 +303,12 @@ class LossError(DataError): "A loss that is infinite or not a number"
 def batch_names(
     dl, # A loader that is being read
     i:int, # Number of the batch in the epoch
-    n:int, # Photos in it
 ) -> list: # Their names; empty where the loader does not know
     "The items of a batch, by the loader's own order"
     order,items = getattr(dl, '_DataLoader__idxs', None),getattr(getattr(dl, 'dataset', None), 'items', None)
-    if order is None or items is None or not dl.bs: return []
-    start = i*dl.bs - (dl.n - len(order))                   # a resumed epoch has only the rest of its order
-    return [str(items[int(j)]) for j in order[start:start+n]]
+    if order is None or items is None or not hasattr(dl, 'shares'): return []
+    i -= len(dl) - len(shares := dl.shares or [dl.bs]*len(dl))             # a resumed epoch has only the rest of its order
+    return [str(items[int(j)]) for j in order[sum(shares[:i]):sum(shares[:i+1])]]
 
 # %% ../nbs/04_training.ipynb #8f42993e
 class FiniteLoss(Callback):
@@ -316,7 +329,7 @@ class FiniteLoss(Callback):
         what:str, # What is wrong
     ) -> str:
         "What is wrong, where, with which photos, and what may help"
-        names,lr = batch_names(self.dl, self.iter, len(self.yb[0])),self.opt.hypers[-1]['lr']
+        names,lr = batch_names(self.dl, self.iter),self.opt.hypers[-1]['lr']
         bad = [n for n,x in zip(names, self.xb[0]) if not torch.isfinite(x).all()]
         some = f"{'; '.join(names[:8])}{f' and {len(names)-8} more' if len(names) > 8 else ''}"
         return (f"{what} in epoch {self.epoch}, {'training' if self.training else 'validation'} batch {self.iter}, at the rate {lr:.4g}. "
@@ -370,7 +383,9 @@ def batches_from(
     "An epoch's batches from number k on, as they would have come"
     def rest():
         del dl.get_idxs                                    # once; and worker processes get a loader without this
-        return dl.get_idxs()[k*dl.bs:]
+        order,done = dl.get_idxs(),sum(dl.shares[:k])
+        dl.shares = dl.shares[k:]
+        return order[done:]
     set_rng(now, dls)
     dl.rng.setstate(_unpack(start['loaders'][0]))
     dl.get_idxs,dl.fake_l.generator = rest,torch.Generator()
@@ -415,43 +430,53 @@ class ResumableLearner(Learner):
         except DataError as e:
             if not str(e).startswith('Exception occured in `'): raise
             raise type(e)(str(e).partition(':\n\t')[2]) from None                # fastai says first in which callback
-        finally: [cb.close() for cb in self._grab_cbs(Precision)]
+        finally: [cb.close() for cb in self.cbs if hasattr(type(cb), 'close')]
+
+    def to_detach(self, b, cpu=True, gather=True):
+        return super().to_detach(b, cpu, gather and not hasattr(self, 'many_processes'))      # whose metrics are summed at the end
 
 # %% ../nbs/04_training.ipynb #e7944df5
 @contextmanager
 def _patiently(learn):
-    "A first Ctrl-C sets `learn.stopping`, a second one is obeyed at once"
-    old,me = signal.getsignal(signal.SIGINT),os.getpid()
-    if threading.current_thread() is not threading.main_thread() or old is not signal.default_int_handler: return (yield)
-    def stop(*_):
+    "A first Ctrl-C, or SIGTERM, sets `learn.stopping`; a second Ctrl-C is obeyed at once"
+    if threading.current_thread() is not threading.main_thread(): return (yield)
+    me,asked = os.getpid(),[]
+    def stop(signum, _):
         if os.getpid() != me: return                       # a worker process, which the terminal interrupts too
-        if learn.stopping: raise KeyboardInterrupt
+        if signum == signal.SIGINT and asked and time.monotonic() - asked[0][0] > 1: raise KeyboardInterrupt     # a launcher passes it on
+        if not asked and not rank_distrib(): print('stopping after this update; Ctrl-C once more stops at once', flush=True)
+        asked.append((time.monotonic(), signum))
         learn.stopping = True
-        print('stopping after this update; once more stops at once', flush=True)
-    signal.signal(signal.SIGINT, stop)
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    old = {s: signal.signal(s, stop) for s,h in usual.items() if signal.getsignal(s) is h}
     try: yield
     except RuntimeError:                                   # workers that have obeyed
         if not learn.stopping: raise
     finally:
-        signal.signal(signal.SIGINT, old)
+        for s,h in old.items(): signal.signal(s, h)
         stopped,learn.stopping = learn.stopping,False
-    if stopped:
-        raise KeyboardInterrupt(learn.checkpoint.advice() if hasattr(learn, 'checkpoint') else 'the learner can be used, and fitted on')
+    if not stopped: return
+    advice = learn.checkpoint.advice() if hasattr(learn, 'checkpoint') else 'the learner can be used, and fitted on'
+    if asked and all(s == signal.SIGTERM for _,s in asked):
+        print(advice, flush=True)
+        signal.raise_signal(signal.SIGTERM)
+    raise KeyboardInterrupt(advice)
 
 # %% ../nbs/04_training.ipynb #68b351da
 def run_identity(
     learn:Learner, # Made by `resnet_learner`
 ) -> dict: # Of numbers, strings, lists and dicts
-    "What must be the same for a run to go on"
+    "What must be the same for a run to go on"                       # and as many processes: each has its own generators
     dls,photos = learn.dls,getattr(learn.dls, 'photos', {}).get('train')
     return dict(network=str(learn.spec or type(learn.model).__name__),
-                weights={k: list(v.shape) for k,v in learn.model.state_dict().items()},
+                weights={k: list(v.shape) for k,v in _net(learn).state_dict().items()},
                 encoding=dict(getattr(getattr(dls, 'labels', None), 'encoding', {})), size=getattr(dls, 'size', None),
                 photos=[len(dls.train_ds), hashlib.sha256(b'\n'.join(photos.names.tolist())).hexdigest() if photos is not None else ''],
-                batches=[learn.accumulate.bs if hasattr(learn, 'accumulate') else dls.train.bs, dls.train.bs])
+                batches=[learn.accumulate.bs if hasattr(learn, 'accumulate') else dls.train.bs, dls.train.bs],
+                processes=max(num_distrib(), 1))
 
 _unlike = dict(network='another network', weights='a network with other weights', encoding='another label encoding',
-               size='another crop size', photos='other training photos', batches='batches of another size')
+               size='another crop size', photos='other training photos', processes='another number of processes', batches='batches of another size')
 
 def _refuse_strangers(path, theirs, ours):
     for key,what in _unlike.items():
@@ -535,14 +560,22 @@ def gather(self:Checkpoint,
     learn,rec,hist = self.learn,self.recorder,self.history
     return dict(
         format=1, run=run_identity(learn), epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train,
-        model=learn.model.state_dict(), opt=_opt_state(self.opt), lr=learn.lr, hypers=[dict(h) for h in self.opt.hypers],
-        scaler=scaler.state_dict() if (scaler := getattr(learn, 'scaler', None)) else None,
-        rng=self.at_valid or get_rng(self.dls.loaders), at_train=self.at_train,
+        model=_net(learn).state_dict(), opt=_opt_state(self.opt), lr=learn.lr, hypers=[dict(h) for h in self.opt.hypers],
+        scaler=scaler.state_dict() if (scaler := getattr(learn, 'scaler', None)) else None, ranks=self.of_ranks(),
         recorder=dict(lrs=torch.tensor(rec.lrs, dtype=torch.float64), iters=list(rec.iters), values=[list(v) for v in rec.values],
                       losses=torch.stack(rec.losses) if rec.losses else torch.zeros(0),
                       smooth=[rec.smooth_loss.count, rec.smooth_loss.val], sums=[[m.total, m.count] for m in rec._train_mets[1:] if batch]),
         kept=[len(hist.kept[n]) for n in hist.lists] if hist.kept else None, smooth=list(hist.smooth) if hist.kept else None,
         elapsed=time.perf_counter() - hist.start, callbacks={cb.name: {a: getattr(cb, a) for a in cb.carried} for cb in _carriers(learn)})
+
+@patch
+def of_ranks(self:Checkpoint) -> list: # Of dicts, one a process
+    "What each process has for itself: its generators, and how many of its photos were wrong"
+    own = _plain(dict(rng=self.at_valid or get_rng(self.dls.loaders), at_train=self.at_train,
+                      counts=dict(wrong=int(self.history.wrong), seen=self.history.seen)))
+    return self.many_processes.all(own) if hasattr(self, 'many_processes') else [own]
+
+def _net(learn): return getattr(learn.model, 'module', learn.model)        # inside PyTorch's wrapper for many processes
 
 def _plain(o):
     "The same without classes of fastai's, which `weights_only` would refuse"
@@ -562,9 +595,14 @@ def claim(self:Checkpoint):
     "Make the folder, try to write in it; refuse one that holds another run"
     if self.monitor not in (names := [*self.recorder.metric_names[1:-1], 'train_error']):
         raise DataError(f"Checkpoint monitors {self.monitor!r}; there is {', '.join(names)}")
-    if self.mine or rank_distrib(): return
+    if self.mine: return
     if not isinstance(self.learn, ResumableLearner) or not hasattr(self, 'history') or not hasattr(self.dls.train, 'get_idxs'):
         raise DataError("Checkpoint needs a learner of resnet_learner, with a fastai loader of photos")
+    _by_first(self.learn, self._make)
+    self.mine = True
+
+@patch
+def _make(self:Checkpoint):
     if self.newest():
         raise DataError(f"{self.folder} holds a run already, up to {self.newest().name}; go on with it by fit(epochs, resume=True), "
                         "or name another folder")
@@ -572,7 +610,8 @@ def claim(self:Checkpoint):
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder/'.probe') as part: part.write_bytes(b'')
         (self.folder/'.probe').unlink()
-    self.mine = True
+
+def _by_first(learn, f): return learn.many_processes.by_first(f) if hasattr(learn, 'many_processes') else f()
 
 @patch
 @contextmanager
@@ -599,13 +638,14 @@ def save(self:Checkpoint,
     best:bool=False, # Is it the best so far?
 ):
     "Write a checkpoint; a `DataError` where that fails, a `LossError` where the weights are no numbers"
-    if not all(torch.isfinite(v).all() for v in self.model.state_dict().values()):
+    if not all(torch.isfinite(v).all() for v in _net(self.learn).state_dict().values()):
         lr = self.opt.hypers[-1]['lr']
         raise LossError(f"the weights are no numbers any more after epoch {epoch}, batch {batch}, at the rate {lr:.4g}. "
                         f"Try a smaller one, or WarmUp() for the start. {_what_stands(self)}")
+    state = self.gather(epoch, batch)                       # all processes take part; one writes
     if rank_distrib(): return
     file,data = self.folder/f'checkpoint-{self.batches:09}-{"batch" if batch else "epoch"}.pt',io.BytesIO()
-    torch.save(_plain(self.gather(epoch, batch)), data)
+    torch.save(_plain(state), data)
     with self._plainly():
         for left in self.folder.glob('.*.pt.*'): left.unlink(missing_ok=True)       # of a run that was killed as it wrote
         if best: _write_through(self.folder/'best.pt', data.getbuffer())
@@ -643,27 +683,27 @@ def read_checkpoint(
 @patch
 def find(self:Checkpoint) -> dict|None: # The state; None where the folder has none
     "Read the newest whole checkpoint of the folder, if it is of this run; the next fit begins there"
-    said = []
-    for path in self.files()[::-1]:
-        try: self.state = read_checkpoint(path)
-        except DataError as e: said.append(str(e)); continue
-        self._check(path)
-        if said: print(*said, f'going on from {path.name}', sep='\n')
-        return self.state
-    if said: raise DataError(f"{said[0]}; no other one in {self.folder} is whole: name another folder to begin anew")
+    self.state = _by_first(self.learn, self._newest_whole)
+    return self.state
 
 @patch
-def _check(self:Checkpoint, path):
-    state,self.state = self.state,None
-    try: _refuse_strangers(path, state['run'], run_identity(self.learn))
-    except KeyError as e: raise DataError(f"{path} is no whole checkpoint: it lacks {e}") from None
-    self.state = state
+def _newest_whole(self:Checkpoint):
+    said = []
+    for path in self.files()[::-1]:
+        try: state = read_checkpoint(path)
+        except DataError as e: said.append(str(e)); continue
+        try: _refuse_strangers(path, state['run'], run_identity(self.learn))
+        except KeyError as e: raise DataError(f"{path} is no whole checkpoint: it lacks {e}") from None
+        if said: print(*said, f'going on from {path.name}', sep='\n')
+        return state
+    if said: raise DataError(f"{said[0]}; no other one in {self.folder} is whole: name another folder to begin anew")
 
 # %% ../nbs/04_training.ipynb #8f462a1e
 @patch
 def restore(self:Checkpoint):
     "Put the learner where it was; the batches of a broken epoch come from `ResumableLearner.rest`"
     s,self.state,self.mine,learn = self.state,None,True,self.learn
+    s |= s['ranks'][rank_distrib()]
     learn.model.load_state_dict(s['model'])
     _set_opt_state(self.opt, s['opt'], s['hypers'])
     learn.lr,learn.train_iter,learn.first_epoch = s['lr'],s['train_iter'],s['epoch']
@@ -675,7 +715,7 @@ def restore(self:Checkpoint):
     if getattr(learn, 'progress', None) and hasattr(learn.progress, 'mbar'): learn.progress.mbar.update(0)       # it begins with 0 only
     if s['batch']: learn.rest = partial(self.catch_up, s)
     self.resumed_at_train = s['at_train']
-    if self.history.rows: _write_through(self.folder/'history.csv', self.history.df.to_csv(index=False).encode())
+    if self.history.rows and not rank_distrib(): _write_through(self.folder/'history.csv', self.history.df.to_csv(index=False).encode())
 
 def _set_opt_state(opt, states, hypers):
     for h,new in zip(opt.hypers, hypers): h.update(new)
@@ -696,6 +736,7 @@ def catch_up(self:Checkpoint, s):
     learn,learn.pct_train,self.batch = self.learn,s['pct_train'],s['batch']
     for cb in _carriers(learn):
         for name,value in s['callbacks'].get(cb.name, {}).items(): setattr(cb, name, value)
+    self.history.wrong,self.history.seen = s['counts']['wrong'],s['counts']['seen']
     for m,(total,count) in zip(self.recorder._train_mets[1:], s['recorder']['sums']): m.total,m.count = total,count
     self.history.start = time.perf_counter() - s['elapsed']
     return batches_from(self.dls.train, s['batch'], s['at_train'], s['rng'], self.dls.loaders)
@@ -723,15 +764,18 @@ def resnet_learner(
     schedule=None, # A callback that moves the rate, like `StepLR`; None: `PlateauLR(patience=patience, min_delta=min_delta)`
     decay:str='weights', # What decays: 'weights', 'conv_fc' (and the last layer's bias) or 'all' (and BN)
     opt_func=paper_sgd, # Or `caffe_sgd`
-    precision:str='fp32', # Of the convolutions: 'fp32', 'bf16' or 'fp16'
-    channels_last:bool=False, # Another order of the numbers in memory; faster in 16 bits
+    precision:str|None=None, # Of the convolutions: 'fp32', 'bf16' or 'fp16'; None: 'bf16' where the hardware computes in it
+    channels_last:bool|None=None, # The colours of a pixel side by side in memory; None: on a CPU, and in 16 bits
     compile:bool=False, # Let PyTorch compile the network: a slow first batch, faster ones later
     cbs=None, # More fastai callbacks
     **kwargs, # For `build_net`: stride_at, shortcut, …
 ) -> ResumableLearner: # With `history` and `plateau_lr` among its callbacks
     "The paper's network and recipe as a fastai `Learner`"
     if decay not in ('weights', 'conv_fc', 'all'): raise DataError(f"decay is {decay!r}; it must be 'weights', 'conv_fc' or 'all'")
+    device = torch.device(dls.device or 'cpu')
+    precision = precision or fast_precision(device)
     if precision not in ('fp32', 'bf16', 'fp16'): raise DataError(f"precision is {precision!r}; it must be 'fp32', 'bf16' or 'fp16'")
+    if channels_last is None: channels_last = device.type == 'cpu' or precision != 'fp32'
     metrics = [top1_error] + ([top5_error] if len(dls.labels) > 5 else [])
     cbs = [Accumulate(bs), schedule or PlateauLR(patience=patience, min_delta=min_delta), History(), FiniteLoss(), *L(cbs)]
     if precision != 'fp32' or channels_last: cbs.append(Precision(precision, channels_last))

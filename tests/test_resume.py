@@ -325,7 +325,7 @@ class Spoil(Callback):
     def before_batch(self):
         self.n -= self.training
         if self.n == 0 and self.where == 'photo': self.learn.xb = (self.xb[0].index_fill(0, torch.tensor([2]), self.value),)
-        if self.n == 0: self.names = training.batch_names(self.dl, self.iter, len(self.yb[0]))
+        if self.n == 0: self.names = training.batch_names(self.dl, self.iter)
     def after_loss(self):
         if self.n == 0 and self.where == 'loss': self.learn.loss_grad = self.learn.loss = self.loss*self.value
     def after_step(self):
@@ -347,7 +347,7 @@ def test_the_names_of_a_batch_are_right(photos):
     found = []
     class Note(Callback):
         def before_batch(self):
-            names = training.batch_names(self.dl, self.iter, len(self.yb[0]))
+            names = training.batch_names(self.dl, self.iter)
             found.append([self.dls.labels(n) for n in names] == [self.dls.vocab[int(i)] for i in self.yb[0]])
     fit(model(photos, None, Note()), 2)
     assert len(found) == 2*(11 + 3) and all(found)
