@@ -7,35 +7,38 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/core.html.md"""
 # %% auto #0
 __all__ = ['ResNet', 'train', 'plot_predictions']
 
-# %% ../nbs/06_core.ipynb #9671a078
-import hashlib
-import json
+# %% ../nbs/06_core.ipynb #4f15b08a
 from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 
-import fastai
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from fastai.learner import Learner
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import default_device, num_distrib, set_seed
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from . import __version__
-from .augment import ColorStats
-from .data import DataError, LabelMap, PhotoError, open_photo, replacing, resnet_dls, write_json
+from . import inference, share
+from .data import DataError, PhotoError, list_photos, open_photo, resnet_dls
 from .inference import predict_probs
-from .model import build_net
-from .training import Checkpoint, paper_sgd, resnet_learner
+from .many import distribute
+from .training import Checkpoint, resnet_learner
 
-# %% ../nbs/06_core.ipynb #d26367b6
+# %% ../nbs/06_core.ipynb #bc995ae3
+def _delegates(first, second):
+    "fastcore's `delegates` for two targets: their parameters become a function's, with their comments"
+    @wraps(second)
+    def linked(): pass
+    linked.__delwrap__ = first                              # where docments looks next
+    return lambda f: delegates(linked)(delegates(first, keep=True)(f))
+
+# %% ../nbs/06_core.ipynb #42623067
 class ResNet:
-    "The paper's network on your photos: `fit`, `predict`, `predict_n`, `save`, `load`"
-    @delegates(resnet_dls)
+    "The paper's network on your photos: `fit`, `predict`, `predict_n`, `evaluate`, `save`, `load`, `export`"
+    @_delegates(resnet_learner, resnet_dls)
     def __init__(self,
         data_path:str|Path, # Folder with train/ and val/ (test/ may be there), or the URL of an archive of one
         label_path:str|Path, # JSON {image id: label}
@@ -43,38 +46,33 @@ class ResNet:
         arch:str='resnet50', # A name that `build_net` knows
         bs:int=256, # Photos in an update
         micro_bs:int=32, # Photos that go through the network at a time; `bs` is a multiple of it, or smaller
-        lr:float|None=None, # Initial learning rate; None: .1 at bs=256, and in proportion
-        patience:int=3, # Epochs without a better validation loss before the rate falls
-        min_delta:float=1e-4, # The least decrease of the validation loss that counts as better
         seed:int|None=42, # Fixes every draw; None leaves the generators alone
         net_args:dict|None=None, # More for `build_net`: stride_at, shortcut, zero_init_residual
         run_folder:str|Path|None=None, # Where checkpoints and history.csv go, from which `fit(…, resume=True)` goes on; None: nowhere
         every:str|int='epoch', # A checkpoint after each 'epoch', or also after so many updates
         keep:int|None=2, # So many of the newest checkpoints stay, and the best; None: all
-        schedule=None, # A callback that moves the rate, like `StepLR`; None: `PlateauLR(patience=patience, min_delta=min_delta)`
-        decay:str='weights', # What decays: 'weights', 'conv_fc' (and the last layer's bias) or 'all' (and BN)
-        opt_func=paper_sgd, # Or `caffe_sgd`
-        precision:str='fp32', # Of the convolutions: 'fp32', 'bf16' or 'fp16'
-        channels_last:bool=False, # Another order of the numbers in memory; faster in 16 bits
-        compile:bool=False, # Let PyTorch compile the network: a slow first batch, faster ones later
-        cbs=None, # More fastai callbacks
+        sync_bn:bool=False, # With several GPUs: BN over the photos of all of them
         **kwargs
     ):
-        micro_bs = min(micro_bs, bs)
+        micro_bs = min(micro_bs, max(bs//max(num_distrib(), 1), 1))
         if bs < 1 or micro_bs < 1 or bs % micro_bs: raise DataError(f"bs={bs} is not a multiple of micro_bs={micro_bs}")
         if seed is not None: set_seed(seed)
+        recipe = {k: kwargs.pop(k) for k in signature(resnet_learner).parameters if k in kwargs}
         dls = resnet_dls(data_path, label_path, label_encoding, bs=micro_bs, **kwargs)
-        self.learn = resnet_learner(dls, arch, bs=bs, lr=lr, patience=patience, min_delta=min_delta, schedule=schedule, decay=decay,
-                                    opt_func=opt_func, precision=precision, channels_last=channels_last, compile=compile, cbs=cbs,
-                                    **(net_args or {}))
-        if run_folder is not None: self.learn.add_cb(Checkpoint(run_folder, every=every, keep=keep))
-        self.labels, self.stats, self.size = dls.labels, dls.stats, dls.size
-        self.arch, self.net_args, self._loaded = arch, net_args or {}, None
+        learn = distribute(resnet_learner(dls, arch, bs=bs, **recipe, **(net_args or {})), sync_bn)
+        if run_folder is not None: learn.add_cb(Checkpoint(run_folder, every=every, keep=keep))
+        self._adopt(learn, share.as_trained(learn))
+
+    def _adopt(self, learn, trained):
+        self.learn, self._loaded = learn, trained
+        self.arch, self.net_args, self.labels, self.stats, self.size = trained[1:6]
 
     @property
-    def net(self): return self.learn.model if self.learn else self._loaded[0]
+    def trained(self): return share.as_trained(self.learn) if self.learn else self._loaded
     @property
-    def history(self): return self.learn.history.df if self.learn else self._loaded[1]
+    def net(self): return self.learn.model if self.learn else self._loaded.net
+    @property
+    def history(self): return self.learn.history.df if self.learn else self._loaded.history
     def __repr__(self): return f'ResNet({self.arch}, {len(self.labels)} labels, size {self.size}, {len(self.history)} epochs)'
 
 # %% ../nbs/06_core.ipynb #352ae099
@@ -111,22 +109,29 @@ def train(
     model.fit(epochs, resume=resume is not None)
     return model.learn
 
-# %% ../nbs/06_core.ipynb #1f3b68fd
+# %% ../nbs/06_core.ipynb #5406969b
 @patch
 def predict(self:ResNet,
-    image, # A path, the bytes of a file, a PIL image, or a list of these
+    image, # A path, the bytes of a file, a PIL image, a list of these, or a folder of photos
     **kwargs, # For `predict_probs`: scales, lighting, bs
-) -> np.ndarray: # (n_out,) float32 that sums to 1; [i] belongs to the label whose index is i; for a list one row each
+) -> np.ndarray: # (n_out,) float32 that sums to 1; [i] belongs to the label whose index is i; for a list or folder one row each
     "The probabilities of a photo, averaged over its 50 crops"
-    if not len(self.history): raise DataError("this model has not been trained; call fit() first, or load a saved model")
-    return predict_probs(self.net, image, self.stats, self.size, **kwargs)
+    if not len(self.history) and 'origin' not in self.trained.training:
+        raise DataError("this model has not been trained; call fit() first, or load a saved model")
+    return predict_probs(self.net, _photos(image), self.stats, self.size, **kwargs)
+
+def _photos(image):
+    "A folder as the list of its photos, anything else as it is"
+    if not isinstance(image, (str, Path)) or not Path(image).is_dir(): return image
+    if found := list_photos(image): return found
+    raise DataError(f"{image} holds no photos")
 
 @patch
 def predict_n(self:ResNet,
-    image, # A path, the bytes of a file, a PIL image, or a list of these
+    image, # What `predict` takes
     n:int=5, # How many labels
     **kwargs, # For `predict_probs`
-) -> list: # [(label, probability)], most likely first; for a list of images one such list each
+) -> list: # [(label, probability)], most likely first; for a list or folder one such list each
     "The n most likely labels of a photo"
     if type(n) is not int or not 1 <= n <= len(self.labels):
         raise DataError(f"n is {n!r}; this model knows {len(self.labels)} labels, so it must be from 1 to {len(self.labels)}")
@@ -158,53 +163,59 @@ def plot_predictions(
     fig.supxlabel('probability, mean of 50 crops', fontsize=9)
     return fig
 
-# %% ../nbs/06_core.ipynb #3753219b
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while part := f.read(1<<20): digest.update(part)
-    return digest.hexdigest()
+# %% ../nbs/06_core.ipynb #fe8f5197
+@patch
+@delegates(inference.evaluate)
+def evaluate(self:ResNet, **kwargs) -> pd.DataFrame: # A row a protocol, or a row a protocol and class
+    "Top-1 and top-5 error on a split, by one or more of the test protocols"
+    return inference.evaluate(self, **kwargs)
 
+# %% ../nbs/06_core.ipynb #935372d6
 @patch
 def save(self:ResNet,
     folder:str|Path, # Made if need be
     overwrite:bool=False, # Replace a model that is already there?
 ) -> Path: # The folder
-    "Save what predictions need: model.safetensors and config.json"
-    folder = Path(folder)
-    if not overwrite and any((folder/n).exists() for n in ('model.safetensors', 'config.json')):
-        raise DataError(f"{folder} holds a model already; name another folder, or pass overwrite=True")
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder/'model.safetensors') as part:
-        save_file({k: v.contiguous().cpu() for k,v in self.net.state_dict().items()}, part)
-    write_json(folder/'config.json', dict(
-        format=1, arch=self.arch, net_args=self.net_args, n_out=self.net.fc.out_features, size=self.size,
-        encoding=self.labels.encoding, stats=self.stats.as_dict(), history=self.history.to_dict('list'),
-        weights_sha256=_sha256(folder/'model.safetensors'),
-        versions=dict(resnet_fastai=__version__, fastai=fastai.__version__, torch=torch.__version__)))
-    return folder
+    "Save what predictions need: model.safetensors and config.json, and README.md for people"
+    return share.save_model(self, folder, overwrite)
 
-# %% ../nbs/06_core.ipynb #67a4da61
 @patch(cls_method=True)
 def load(cls:ResNet,
     folder:str|Path, # What `save` wrote
     device=None, # Where it predicts; None: the GPU where there is one
 ) -> ResNet: # Predicts; it has no photos to train on
-    "Load a saved model; needs no photos and runs no code of the file's"
-    folder = Path(folder)
-    try:
-        c = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-        weights = load_file(folder/'model.safetensors')
-        if c['weights_sha256'] != _sha256(folder/'model.safetensors'):
-            raise DataError(f"{folder}: model.safetensors is not the file that config.json was written for")
-        model, net = cls.__new__(cls), build_net(c['arch'], c['n_out'], **c['net_args'])
-        net.load_state_dict(weights)
-        model.labels, model.stats, model.size = LabelMap({}, c['encoding']), ColorStats(**c['stats']), c['size']
-        model.labels.vocab(c['n_out'])
-        model.learn, model.arch, model.net_args = None, c['arch'], c['net_args']
-        model._loaded = net.eval().to(device or default_device()), pd.DataFrame(c['history'])
-    except OSError as e: raise DataError(f"{folder} holds no saved model: {e.filename or folder}: {e.strerror or e}") from None
-    except DataError: raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
-        raise DataError(f"{folder} holds no whole model of this project: {type(e).__name__}: {str(e).splitlines()[0][:200]}") from None
+    "Load a saved model; needs no photos and runs no code of the file's. A `DataError` where it is not whole"
+    return cls._from(share.load_model(folder), device)
+
+@patch(cls_method=True)
+def _from(cls:ResNet, trained, device):
+    model = cls.__new__(cls)
+    model._adopt(None, trained._replace(net=trained.net.to(default_device() if device is None else device)))
     return model
+
+# %% ../nbs/06_core.ipynb #5e6c0ff2
+@patch
+@delegates(share.export_model)
+def export(self:ResNet,
+    folder:str|Path, # Made if need be
+    **kwargs
+) -> Path: # The file; beside it, the same name with .json: size, scales, encoding
+    "Write the network for other programs: photos (batch,3,size,size) float32, RGB in [0,1] → probs (batch,n_out)"
+    return share.export_model(self, folder, **kwargs)
+
+@patch(cls_method=True)
+@delegates(share.from_torchvision)
+def from_torchvision(cls:ResNet,
+    source:dict|str|Path, # A state dict, or a .pth, .pt or .safetensors file of one
+    label_encoding:str|Path|dict, # {label: index}, or a JSON file of it
+    device=None, # Where it predicts; None: the GPU where there is one
+    **kwargs
+) -> ResNet: # Predicts; it has no photos to train on
+    "A model with torchvision's weights"
+    return cls._from(share.from_torchvision(source, label_encoding, **kwargs), device)
+
+@patch
+@delegates(share.to_torchvision)
+def to_torchvision(self:ResNet, **kwargs) -> dict: # {name: tensor}
+    "The weights for torchvision's network of the same name; a `DataError` where it has none"
+    return share.to_torchvision(self, **kwargs)
