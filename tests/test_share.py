@@ -272,7 +272,7 @@ def test_the_cards_program_runs_as_printed(net_args, photos, tmp_path):
                          env={**os.environ, 'PYTHONUTF8': '1', 'PYTHONIOENCODING': 'utf-8'})
     assert out.returncode == 0, out.stderr
     model, said = load_model(folder), [float(v) for v in re.findall(r'^([01]\.\d{4})\t', out.stdout, re.M)]
-    wanted = [sorted((predict_probs(model.net, p, model.stats, 32)[i] for i in LABELS.values()), reverse=True) for p in some]
+    wanted = [sorted((predict_probs(model.net, p, model.stats, 32, precision='fp32')[i] for i in LABELS.values()), reverse=True) for p in some]
     np.testing.assert_allclose(np.reshape(said, (len(some), 3)), wanted, atol=1e-4)
     assert np.ptp([w[0] for w in wanted]) > 1e-3                               # photos differ; a program that saw none would not
 
@@ -406,8 +406,8 @@ def test_from_training_to_a_folder_and_back(drawn, tmp_path):
     model.fit(1)
     photo = drawn.data_path/'test'/'test_00000.jpg'
     loaded = ResNet.load(model.save(tmp_path/'m'), device=next(model.net.parameters()).device)
-    np.testing.assert_allclose(loaded.predict(photo), model.predict(photo), atol=1e-5)
+    np.testing.assert_allclose(loaded.predict(photo, precision='fp32'), model.predict(photo, precision='fp32'), atol=1e-5)
     assert loaded.trained.training['photos'] == dict(train=16, val=8, test=4)
     assert np.array_equal(loaded.predict(drawn.data_path/'test'), loaded.predict(list_photos(drawn.data_path/'test')))
     given = ResNet.from_torchvision(model.to_torchvision(), drawn.label_encoding, stats=model.stats, std=(1, 1, 1), size=32, device='cpu')
-    np.testing.assert_allclose(given.predict(photo), model.predict(photo), atol=1e-5)
+    np.testing.assert_allclose(given.predict(photo, precision='fp32'), model.predict(photo, precision='fp32'), atol=1e-5)
