@@ -6,9 +6,9 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/data.html.md"""
 
 # %% auto #0
 __all__ = ['photo_suffixes', 'splits', 'DataError', 'LabelError', 'PhotoError', 'read_json_object', 'replacing', 'write_json',
-           'photo_ids', 'LabelMap', 'Photo', 'open_photo', 'list_photos', 'PhotoPath', 'PhotoList', 'split_photos',
-           'each_photo', 'resolve_data', 'DataPaths', 'from_folders', 'draw_photo', 'demo_data', 'PhotoDL',
-           'join_processes', 'first_here', 'PhotoBlock', 'photo_block', 'labelled_photos', 'resnet_dls']
+           'photo_ids', 'LabelMap', 'Photo', 'open_photo', 'list_photos', 'PhotoPath', 'PhotoList', 'photo_inputs',
+           'split_photos', 'each_photo', 'resolve_data', 'DataPaths', 'from_folders', 'draw_photo', 'demo_data',
+           'PhotoDL', 'join_processes', 'first_here', 'PhotoBlock', 'photo_block', 'labelled_photos', 'resnet_dls']
 
 # %% ../nbs/01_data.ipynb #076c7459
 import gc
@@ -18,6 +18,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import time
 import urllib.request
 import zipfile
 import zlib
@@ -28,7 +29,7 @@ from http.client import HTTPException
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from stat import S_ISLNK
+from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.external import fastai_path
 from fastai.torch_core import num_distrib, show_image
 from fastcore.basics import defaults, patch
+from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
 from simplejpeg import decode_jpeg
@@ -233,24 +235,51 @@ def _cut_short(
     end = data.rfind(b'\xff\xd9')
     return end < 0 or data.find(b'\xff\xda', end) >= 0
 
+# %% ../nbs/01_data.ipynb #4e8a2d18
+def _download(
+    url:str, # http://, https:// or file://
+    out, # A file, open for writing
+    limit:int|None=None, # Bytes at the most; None: any number, with a progress bar
+    seconds:float=float('inf'), # That it may take
+    chunk:int=1<<20, # Bytes at a time
+) -> str: # Its SHA-256 sum
+    "Fetch a file; a `DataError` where it does not come whole"
+    digest, done, end = hashlib.sha256(), 0, time.monotonic() + seconds
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={'User-Agent': 'resnet_fastai'}), timeout=30) as r:
+            size, read = int(r.headers.get('Content-Length') or 0), r.read if limit is None else r.read1
+            parts = iter(lambda: read(chunk), b'')
+            for part in progress_bar(parts, total=-(-size//chunk) or 'noinfer', leave=False) if limit is None else parts:
+                done += len(part)
+                if limit and max(size, done) > limit: raise DataError(f"{url} has more than {limit:,} bytes; download it, and pass the file")
+                if time.monotonic() > end: raise DataError(f"{url} has not come whole within {seconds} seconds; try again")
+                out.write(part); digest.update(part)
+    except DataError: raise
+    except (OSError, ValueError, HTTPException) as e:
+        raise DataError(f"{url} cannot be fetched: {getattr(e, 'reason', None) or e}; try again") from None
+    if size and done != size: raise DataError(f"{url} broke off after {done:,} of {size:,} bytes; try again")
+    return digest.hexdigest()
+
+def _is_page(start): return start[:512].lstrip().lower().startswith((b'<!doctype', b'<html', b'<?xml'))
+
 # %% ../nbs/01_data.ipynb #6895b60d
 class Photo:
     "A photo that is decoded when it is used, and as finely as it is needed; a `PhotoError` names it where that fails"
     def __init__(self,
-        image:str|Path|bytes|Image.Image, # A file, the bytes of one, or a PIL image
+        image:str|Path|bytes|Image.Image|np.ndarray, # A file, its http(s) URL, its bytes, a PIL image, or an array (H,W,3) of uint8, RGB
     ):
         self.name, self.data, self._img = repr(str(image)) if isinstance(image, (str, Path)) else f'this {type(image).__name__}', None, None
         if isinstance(image, Image.Image): self._img = image
-        elif isinstance(image, bytes): self.data = bytearray(image)
+        elif isinstance(image, np.ndarray): self._img = self._of_array(image)
+        elif isinstance(image, (bytes, bytearray, memoryview)): self.data = bytearray(image)
+        elif isinstance(image, str) and '://' in image: self.data = self._fetched(image)
         elif isinstance(image, (str, Path)): self.data = self._read(image)
-        else: raise PhotoError(f"{self.name} is not a photo; pass a path, the bytes of a file, or a PIL image")
-
-    def _read(self, path):
-        with self._named(), open(path, 'rb') as f: return bytearray(f.read())
+        else: raise PhotoError(f"{self.name} is not a photo; pass a path, a URL (http or https), the bytes of a file, a PIL image, or an array "
+                               "(height, width, 3) of uint8; `predict` also takes a list of these, or a folder")
 
     @classmethod
     def create(cls,
-        image:str|Path|bytes|Image.Image, # A file, the bytes of one, or a PIL image
+        image:str|Path|bytes|Image.Image|np.ndarray, # As above
         **kwargs
     ): return cls(image)
 
@@ -271,6 +300,31 @@ def _reason(e, name):
         return 'not an image, or damaged'
     return getattr(e, 'strerror', None) or str(e) or type(e).__name__
 
+# %% ../nbs/01_data.ipynb #228578b7
+@patch
+def _read(self:Photo, path):
+    with self._named():
+        mode = os.stat(path).st_mode
+        if not S_ISREG(mode): raise PhotoError(f"{self.name} is a {'folder' if S_ISDIR(mode) else 'pipe or a device'}, not a photo")
+        with open(path, 'rb') as f: return bytearray(f.read())
+
+@patch
+def _fetched(self:Photo, url, limit=64<<20, seconds=60):
+    if not url.lower().startswith(('http://', 'https://')): raise PhotoError(f"{url} starts with neither http:// nor https://")
+    try: _download(url, out := BytesIO(), limit, seconds)
+    except DataError as e: raise PhotoError(str(e)) from None
+    if _is_page(out.getvalue()): raise PhotoError(f"{url} gave a web page, not a photo; open it in a browser, and copy the photo's own address")
+    return bytearray(out.getbuffer())
+
+@patch
+def _of_array(self:Photo, a):
+    if a.dtype != np.uint8: raise PhotoError(f"{self.name} holds {a.dtype}; uint8 from 0 to 255 is needed: if x goes from 0 to 1, pass "
+                                             "(255*x).round().astype('uint8')")
+    if not (a.size and (a.ndim == 2 or a.ndim == 3 and a.shape[2] in (3, 4))):
+        raise PhotoError(f"{self.name} has the shape {a.shape}; (height, width, 3) is needed, or (height, width) if it is grey; "
+                         "x.transpose(1, 2, 0) turns (3, height, width) into it")
+    return Image.fromarray(a)
+
 # %% ../nbs/01_data.ipynb #dc8362ca
 def _turned(img):
     "EXIF's orientation, 1 to 8; from 5 on the sides change places"
@@ -283,6 +337,8 @@ def _open(self:Photo):
     if self._img is None:
         self._img = Image.open(BytesIO(self.data))
         if self._img.format == 'TIFF': self._img.load()               # Pillow turns these by itself, as it loads them
+    w,h = self._img.size
+    if not 0 < max(w, h) <= 300*min(w, h): raise PhotoError(f"{self.name} is {w:,}×{h:,} pixels: a strip, not a photo")
     return self._img
 
 @patch(as_prop=True)
@@ -330,7 +386,7 @@ def show(self:Photo, ctx=None, **kwargs): return show_image(open_photo(self), ct
 
 # %% ../nbs/01_data.ipynb #5dc2b6ab
 def open_photo(
-    image:str|Path|bytes|Image.Image|Photo, # A file, the bytes of one, or a PIL image
+    image:str|Path|bytes|Image.Image|np.ndarray|Photo, # What `Photo` takes
 ) -> Image.Image: # Upright, RGB, fully decoded
     "Decode a photo; a `PhotoError` that names it where that fails"
     rgb,_ = (image if isinstance(image, Photo) else Photo(image)).pixels()
@@ -387,6 +443,17 @@ class PhotoList:
         path = PhotoPath(self.root, os.fsdecode(self.names[i]))
         if self.codes[i] >= 0: path.label = self.vocab[self.codes[i]]
         return path
+
+# %% ../nbs/01_data.ipynb #e4685487
+def photo_inputs(
+    image, # What `Photo` takes, a list of these, or a folder
+) -> tuple: # (list of photos, was it one photo?)
+    "What somebody wants to be told about, as a list; a `DataError` where there is nothing in it"
+    folder = isinstance(image, (str, Path)) and os.path.isdir(image)
+    if not folder and not isinstance(image, (list, tuple, L, PhotoList)): return [image], True
+    photos = list_photos(image) if folder else image
+    if not len(photos): raise DataError(f"{image} holds no photos" if folder else "there are no photos in this list")
+    return photos, False
 
 # %% ../nbs/01_data.ipynb #bec1b140
 splits = ('train', 'val', 'test')
@@ -457,7 +524,7 @@ def _fetch(url, suffix, home, sha256):
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix='.fetching-') as tmp:
         archive, unpacked = Path(tmp)/f'archive{suffix}', Path(tmp)/'unpacked'
-        found = _download(url, archive)
+        with open(archive, 'wb') as f: found = _download(url, f)
         if sha256 and found != sha256: raise DataError(f"{url} has the SHA-256 sum {found}, not {sha256}: another file, or damaged on the way")
         unpacked.mkdir()
         _unpack(archive, unpacked, url)
@@ -472,25 +539,10 @@ def _find_train(folder, url):
         if (p/'train').is_dir(): return p
     raise DataError(f"the archive at {url} has no folder train/, neither at its top nor one level down")
 
-# %% ../nbs/01_data.ipynb #faa09c30
-def _download(url, dest, chunk=1<<20):
-    "Fetch a file; its SHA-256 sum"
-    digest, done = hashlib.sha256(), 0
-    try:
-        with urllib.request.urlopen(url, timeout=30) as r, open(dest, 'wb') as f:
-            size = int(r.headers.get('Content-Length') or 0)
-            for part in progress_bar(iter(lambda: r.read(chunk), b''), total=-(-size//chunk) or 'noinfer', leave=False):
-                f.write(part); digest.update(part); done += len(part)
-    except (OSError, ValueError, HTTPException) as e:
-        raise DataError(f"{url} cannot be fetched: {getattr(e, 'reason', None) or e}; try again") from None
-    if size and done != size: raise DataError(f"{url} broke off after {done:,} of {size:,} bytes; try again")
-    return digest.hexdigest()
-
 # %% ../nbs/01_data.ipynb #98814d8c
 def _unpack(archive, dest, url):
-    with open(archive, 'rb') as f: start = f.read(512).lstrip().lower()
-    if start.startswith((b'<!doctype', b'<html', b'<?xml')):
-        raise DataError(f"{url} gave a web page, not an archive; open it in a browser to see what it says")
+    with open(archive, 'rb') as f: page = _is_page(f.read(512))
+    if page: raise DataError(f"{url} gave a web page, not an archive; open it in a browser to see what it says")
     try: (_unzip if archive.suffix == '.zip' else _untar)(archive, dest, _Weight(archive, dest))
     except DataError as e: raise DataError(f"{url}: {e}") from None
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, ValueError, zlib.error) as e:

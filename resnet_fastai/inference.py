@@ -121,7 +121,7 @@ def distinct(
     once = list(dict.fromkeys(chain(*lists)))
     return once, torch.tensor([[c[p]/c.total() for p in once] for c in counts], dtype=torch.float64)
 
-# %% ../nbs/05_inference.ipynb #37448dd1
+# %% ../nbs/05_inference.ipynb #9d96fb15
 def _probe(size, device, n=1):
     "(n,3,size,size) noise whose amplitude falls with the frequency, as in photos"
     noise = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -131,8 +131,9 @@ def _probe(size, device, n=1):
 
 def _bare(net):
     "The network inside what spreads it over devices or compiles it"
-    while inner := getattr(net, '_orig_mod', None) or (isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and net.module): net = inner
-    return net
+    spread = isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inner = net.module if spread else getattr(net, '_orig_mod', None)
+    return net if inner is None else _bare(inner)
 
 def _copy(net):
     "An independent copy in eval mode and 32 bits; hooks stay the same functions"
@@ -145,14 +146,15 @@ def _copy(net):
         memo |= {id(v): copy.copy(v) for k,v in vars(m).items() if k.endswith('_hooks')}
     return copy.deepcopy(net, memo).eval().to(memory_format=torch.channels_last)
 
-# %% ../nbs/05_inference.ipynb #1535f9b4
+# %% ../nbs/05_inference.ipynb #e8ef5bde
 class _Watch:
     "Sees a forward pass: which layer reads what a convolution puts out, unchanged"
     def __init__(self, net, x):
         self.reader, self.calls, self.out = {}, Counter(), {}
         leaves = [m for m in net.modules() if not len(m._modules)]
         self.hooked = {m for m in leaves if m._forward_hooks or m._forward_pre_hooks}
-        hooks = [m.register_forward_pre_hook(self.read) for m in leaves] + [m.register_forward_hook(self.made) for m in leaves if type(m) is nn.Conv2d]
+        hooks = [m.register_forward_pre_hook(self.read) for m in leaves]
+        hooks += [m.register_forward_hook(self.made) for m in leaves if type(m) is nn.Conv2d]
         try: self.logits = net(x)
         finally:
             for h in hooks: h.remove()
@@ -165,7 +167,7 @@ class _Watch:
 
     def made(self, m, _, out): self.out[id(out)] = (m, out, out._version)
 
-    def alone(self, m): return self.calls[m] == 1 and m not in self.hooked and 'weight' in m._parameters
+    def alone(self, m): return self.calls[m] == 1 and m not in self.hooked and 'weight' in m._parameters     # used once, as it stands
 
 def fold_bn(
     net:nn.Module, # Changed in place; in eval mode
@@ -173,8 +175,8 @@ def fold_bn(
 ) -> int: # How many BN layers have become part of a convolution
     "Give the work of each BN to the convolution before it"
     seen = _Watch(net, x)
-    pairs = [(c, b) for c,b in seen.reader.items() if type(b) is nn.BatchNorm2d and b.running_mean is not None and seen.alone(c) and b in seen.calls
-             and seen.calls[b] == 1 and b not in seen.hooked]
+    pairs = [(c, b) for c,b in seen.reader.items() if type(b) is nn.BatchNorm2d and b.running_mean is not None
+             and seen.alone(c) and seen.alone(b)]
     for conv,bn in pairs:
         args = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         w,b = fuse_conv_bn_weights(*[a.double() if isinstance(a, torch.Tensor) else a for a in args])
@@ -185,13 +187,13 @@ def fold_bn(
             if child in gone: setattr(m, name, nn.Identity())
     return len(pairs)
 
-# %% ../nbs/05_inference.ipynb #ba540fd3
+# %% ../nbs/05_inference.ipynb #c6877467
 @lru_cache
 def _cpu_conv():
     "oneDNN's convolution of 16-bit numbers that takes a 32-bit bias, where PyTorch has it"
     with suppress(Exception):
-        conv, half = torch.ops.mkldnn._convolution_pointwise, dict(dtype=torch.bfloat16)
-        y = conv(torch.ones(1, 1, 2, 2, **half), torch.ones(1, 1, 1, 1, **half), torch.full((1,), .5), (0, 0), (1, 1), (1, 1), 1, 'none', [], '')
+        conv, one = torch.ops.mkldnn._convolution_pointwise, torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+        y = conv(one.expand(1, 1, 2, 2), one, torch.full((1,), .5), (0, 0), (1, 1), (1, 1), 1, 'none', [], '')
         if torch.equal(y.float(), torch.full((1, 1, 2, 2), 1.5)): return conv
 
 class HalfConv(nn.Conv2d):
@@ -246,7 +248,7 @@ def fingerprint(
     with torch.no_grad(): sums = torch.stack([_bit_sums(t) for _,t in named]).cpu().numpy() if named else np.zeros(0)
     return hashlib.sha256(what + sums.tobytes()).hexdigest()
 
-# %% ../nbs/05_inference.ipynb #0eac77dc
+# %% ../nbs/05_inference.ipynb #50c4edea
 _kept, _lock = WeakKeyDictionary(), threading.RLock()
 
 def _plan(net):
@@ -274,7 +276,8 @@ def prepared(
     net = _bare(net)
     precision = precision or fast_precision(next(net.parameters()).device)
     _one_of('precision', precision, dtypes)
-    if any(v for m in net.modules() for k,v in vars(m).items() if k.endswith('_hooks')): return _make(net, precision, size)    # they may hold the network
+    hooked = any(v for m in net.modules() for k,v in vars(m).items() if k.endswith('_hooks'))
+    if hooked: return _make(net, precision, size)                                # a hook may hold the network: nothing is kept
     with _lock:
         state, kept = (size, fingerprint(net), _plan(net)), _kept.setdefault(net, {})
         if kept.get(precision, ('',))[0] != state: kept[precision] = state, _make(net, precision, size)
@@ -409,12 +412,12 @@ def predict_probs(
     found = _ask_looks(ask, image if many else [image], places, size, lighting, 'probs', bs or batch_size(net, size), None if many else 0)
     return np.concatenate(list(found)) if many else next(found)[0]
 
-# %% ../nbs/05_inference.ipynb #8f617278
+# %% ../nbs/05_inference.ipynb #1afb87b6
 def _trunk_and_head(net):
     "What comes before the last average, and the layer that reads it"
     pools = [i for i,m in enumerate(net) if isinstance(m, nn.AdaptiveAvgPool2d)] if isinstance(net, nn.Sequential) else []
     if len(pools) != 1 or not isinstance(net[-1], nn.Linear):
-        raise DataError("the dense protocol needs a network that ends in one global average and one linear layer, like those of `build_net`")
+        raise DataError("the dense protocol needs a network that ends in one global average and one linear layer, like those of build_net")
     return net[:pools[0]], net[-1]
 
 def dense_logits(
@@ -469,11 +472,13 @@ def wilson(
     middle, half = (p + w/2)/(1 + w), z*(p*(1 - p)/n + w/4/n)**.5/(1 + w)
     return max(0., middle - half), min(1., middle + half)
 
-# %% ../nbs/05_inference.ipynb #983bab2e
+# %% ../nbs/05_inference.ipynb #4d847a5c
 def _parts(model):
     "Network, statistics, crop size and labels of a learner or a `ResNet`, and the learner's photos"
     learn = model if isinstance(model, Learner) else getattr(model, 'learn', None)
-    if learn is not None: return SimpleNamespace(net=learn.model, stats=learn.dls.stats, size=learn.dls.size, labels=learn.dls.labels, dls=learn.dls)
+    if learn is not None:
+        dls = learn.dls
+        return SimpleNamespace(net=learn.model, stats=dls.stats, size=dls.size, labels=dls.labels, dls=dls)
     return SimpleNamespace(net=model.net, stats=model.stats, size=model.size, labels=model.labels, dls=None)
 
 def _answers(parts, photos, wanted, lighting=False, average='probs', precision=None, num_workers=None, bs=None, skip=()):
@@ -481,7 +486,8 @@ def _answers(parts, photos, wanted, lighting=False, average='probs', precision=N
     size, bs = parts.size, bs or batch_size(parts.net, parts.size)
     if wanted == ['dense']: yield from _dense_answers(parts, photos, average, precision, num_workers, skip); return
     ask,_ = crop_asker(parts.net, parts.stats, size, lighting, precision)
-    yield from _ask_looks(ask, photos, lambda w,h: [protocol_looks(p, w, h, size) for p in wanted], size, lighting, average, bs, num_workers, skip)
+    places = lambda w,h: [protocol_looks(p, w, h, size) for p in wanted]
+    yield from _ask_looks(ask, photos, places, size, lighting, average, bs, num_workers, skip)
 
 def _dense_answers(parts, photos, average, precision, num_workers, skip):
     dense = dense_logits(parts.net, parts.stats, parts.size, precision)
@@ -493,10 +499,11 @@ def _dense_answers(parts, photos, average, precision, num_workers, skip):
         found = torch.cat([dense(one).double().softmax(1).mean(2).cpu() for one in x])
         yield average_looks(found.log(), torch.full((1, len(found)), 1/len(found), dtype=torch.float64), average)
 
-# %% ../nbs/05_inference.ipynb #941c8193
+# %% ../nbs/05_inference.ipynb #0470fa04
 def _labelled(parts, split, data_path, label_path):
     "The photos of a split, and the index of each one's label"
-    if parts.dls is None and (data_path is None or label_path is None): raise DataError("a loaded model has no photos; pass data_path and label_path")
+    if parts.dls is None and (data_path is None or label_path is None):
+        raise DataError("a loaded model has no photos; pass data_path and label_path")
     labels = parts.labels if label_path is None else LabelMap(label_path, parts.labels.encoding)
     if data_path is not None: photos = split_photos(resolve_data(data_path), (split,))[split]
     else: photos = parts.dls.photos.get(split)
@@ -542,7 +549,7 @@ def _errors(probs, targ):
         found[f'top{k}_low'], found[f'top{k}_high'] = wilson(wrong, len(targ))
     return found
 
-# %% ../nbs/05_inference.ipynb #cc766f52
+# %% ../nbs/05_inference.ipynb #1a32573c
 class Rows:
     "A CSV file that grows in blocks, and a JSON file beside it that knows how long it is"
     def __init__(self,
@@ -571,7 +578,7 @@ class Rows:
         if not self.dest.exists() or not self.length: return self._begin(columns)
         if other := [k for k in self.what if was.get(k) != self.what[k]]:
             raise DataError(f"{self.dest} was begun with another {' and another '.join(other)}; name another file, or move it away")
-        if self.dest.stat().st_size < self.length: raise DataError(f"{self.dest} is shorter than it was; name another file, or move it away")
+        if self.dest.stat().st_size < self.length: raise DataError(f"{self.dest} has become shorter; name another file, or move it away")
         with open(self.dest, 'rb+') as f: f.truncate(self.length)             # what a kill left of a block
 
     def add(self, rows):
@@ -614,14 +621,15 @@ def _write_parquet(rows, dest, n, block=10_000):
         while some := [row for _,row in zip(range(block), reader)]:
             out.write_table(pa.Table.from_pandas(_table(some, n), schema, preserve_index=False))
 
-# %% ../nbs/05_inference.ipynb #88ae41b7
+# %% ../nbs/05_inference.ipynb #f01f4427
 def _named_photos(photos):
     "Ids and paths: all photos below a folder, or those of a list"
     if isinstance(photos, (str, Path)):
         if not Path(photos).is_dir(): raise DataError(f"{photos} is not a folder; pass a folder of photos, or a list of paths")
         root, paths = os.path.join(photos, ''), list_photos(photos)
         if not paths: raise DataError(f"{photos} holds no photos (looked for .jpg, .png and so on, to the bottom)")
-        return PhotoList(photos, [os.fsencode(os.path.relpath(p, root)) for p in paths]), lambda p: Path(os.path.relpath(p, root)).as_posix()
+        below = lambda p: Path(os.path.relpath(p, root)).as_posix()
+        return PhotoList(photos, [os.fsencode(below(p)) for p in paths]), below
     photos = photos if isinstance(photos, PhotoList) else list(photos)
     if (wrong := next((p for p in photos if not isinstance(p, (str, Path))), None)) is not None:
         raise DataError(f"{wrong!r:.80} is not a path; pass a folder, or a list of paths")
@@ -632,7 +640,7 @@ def _origin(model, parts, n, protocol):
     labels = hashlib.sha256(json.dumps([sorted(parts.labels.encoding.items()), parts.stats.as_dict(), parts.size]).encode()).hexdigest()
     return {'model': [fingerprint(_bare(parts.net)), labels], 'n': n, 'protocol': protocol}
 
-# %% ../nbs/05_inference.ipynb #8bb46b40
+# %% ../nbs/05_inference.ipynb #3357f3c6
 def predict_folder(
     model, # A `ResNet`, or a learner over `resnet_dls`
     photos:str|Path|list, # A folder, searched to the bottom, or a list of paths
@@ -677,7 +685,7 @@ def _work(parts, photos, todo, name, n, how, rows, block=200, seconds=20):
     bar, some, start = progress_bar(found, total=len(todo), leave=False), [], time.perf_counter()
     saved = start
     try:
-        for k,(i,probs) in enumerate(zip(todo, bar), 1):
+        for k,(probs,i) in enumerate(zip(bar, todo), 1):                        # the bar first: it is to see its end
             some.append(_row(name(photos[i]), probs, known, n))
             bar.comment = f'{k/(time.perf_counter() - start):.1f} photos/s'
             if rows and (len(some) >= block or time.perf_counter() - saved > seconds): rows.add(some); some, saved = [], time.perf_counter()

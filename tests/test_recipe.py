@@ -296,7 +296,7 @@ def test_fewer_bits_resume(photos, tmp_path, precision):
     with m.learn.no_bar(), m.learn.no_logging(): m.fit(2, resume=True)
     whole = fitted(photos, 2, precision=precision)
     assert all(torch.equal(v, whole.net.state_dict()[k]) for k, v in m.net.state_dict().items())
-    m = ResNet(*photos, **settings, run_folder=tmp_path/'run')
+    m = ResNet(*photos, **settings, precision='fp32', run_folder=tmp_path/'run')
     with pytest.raises(DataError, match='another network.*precision'): m.fit(2, resume=True)
 
 

@@ -112,7 +112,7 @@ def test_the_comparison_would_notice(photos, untouched, tmp_path, monkeypatch, w
         read = training.read_checkpoint
         def forget(path):
             s = read(path)
-            if what == 'at_train': s['at_train']['loaders'] = s['rng']['loaders']
+            if what == 'at_train': s['ranks'][0]['at_train']['loaders'] = s['ranks'][0]['rng']['loaders']
             elif what == 'batch': s['batch'] += 2
             elif what == 'lr': s['lr'], s['hypers'] = .5, [h | dict(lr=.5) for h in s['hypers']]
             elif what == 'callbacks': s['callbacks']['plateau_lr'].update(best=0., wait=-9)
@@ -204,7 +204,7 @@ def test_ctrl_c_without_a_folder(photos):
 
 
 def test_a_second_ctrl_c_is_obeyed_at_once(photos, tmp_path):
-    def twice(cb): ctrl_c(cb); time.sleep(.01); ctrl_c(cb); time.sleep(.01); cb.went_on = True
+    def twice(cb): ctrl_c(cb); time.sleep(1.1); ctrl_c(cb); time.sleep(.01); cb.went_on = True
     m = model(photos, tmp_path/'run', at := At(3, twice))
     with pytest.raises(KeyboardInterrupt): fit(m)
     assert not hasattr(at, 'went_on') and signal.getsignal(signal.SIGINT) is signal.default_int_handler
