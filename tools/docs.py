@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 from latex2mathml.converter import convert
 from nbdev.config import get_config, nbpath2html
-from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
 # What smalldocs says of every nbdev site; Quarto does read these
@@ -25,11 +25,19 @@ def page_links(text):
                   text, flags=re.M)
 
 
-def rename(nb_path):
-    "Give a processed notebook the name of its page; smalldocs does not read `output-file`"
-    nb = nbformat.read(nb_path, 4)
+def colab(path):
+    "Where Google's Colab opens a notebook of the repository"
+    repo = get_config().git_url.removeprefix('https://github.com/')
+    return f'https://colab.research.google.com/github/{repo}/blob/{get_config().branch}/{path.as_posix()}'
+
+
+def rename(nb_path, proc):
+    "Give a processed notebook the name of its page, which smalldocs does not read in `output-file`, and a link to Colab"
+    nb, cfg = nbformat.read(nb_path, 4), get_config()
+    here = cfg.nbs_path.relative_to(cfg.config_path)/nb_path.relative_to(proc)
+    links = f'code-links:\n  - text: Open in Colab\n    icon: box-arrow-up-right\n    href: {colab(here)}\n'
     for c in nb.cells:
-        if c.cell_type == 'raw': c.source = re.sub(r'^output-file:.*\n', '', c.source, flags=re.M)
+        if c.cell_type == 'raw': c.source = re.sub(r'^output-file:.*\n', links, c.source, flags=re.M)
         if c.cell_type == 'markdown': c.source = page_links(c.source)
     new = nbpath2html(nb_path).with_suffix('.ipynb')
     if new != nb_path:
@@ -38,13 +46,31 @@ def rename(nb_path):
     nbformat.write(nb, new)
 
 
+def reading_order():
+    "The notebooks as the front page links to them; one that it does not name is an error"
+    nbs = get_config().nbs_path
+    front = '\n'.join(c.source for c in nbformat.read(nbs/'index.ipynb', 4).cells if c.cell_type == 'markdown')
+    order = ['index.ipynb', *dict.fromkeys(re.findall(r'\]\(([\w/]+\.ipynb)\)', front))]
+    there = {p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    if lost := there ^ set(order): sys.exit(f'nbs/index.ipynb should link to each notebook that there is: {", ".join(sorted(lost))}')
+    return order
+
+
+def sidebar():
+    "The sidebar in reading order: chapters, then tutorials"
+    order = reading_order()
+    items = [f'      - {p}' for p in order if '/' not in p]
+    items += ['      - section: Tutorials', '        contents:'] + [f'          - {p}' for p in order if '/' in p]
+    return '\n'.join(['website:', '  sidebar:', '    contents:', *items, ''])
+
+
 def prepare():
     "Notebooks → processed notebooks, sidebar and options in _proc/"
     cfg = get_config()
     refresh_quarto_yml()
-    nbdev_sidebar.__wrapped__(path=cfg.nbs_path, file_re=r'\.ipynb$')
+    (cfg.nbs_path/'sidebar.yml').write_text(sidebar(), encoding='utf-8')
     proc = Path(proc_nbs(cfg.nbs_path, force=True, n_workers=0))
-    for p in sorted(proc.rglob('*.ipynb')): rename(p)
+    for p in sorted(proc.rglob('*.ipynb')): rename(p, proc)
     rewrite(proc/'sidebar.yml', page_links)
     ini = ConfigParser(delimiters=['='])
     ini.read(cfg.config_path/'settings.ini', encoding='utf-8')

@@ -1,0 +1,101 @@
+"JupyterLab as a reader uses it: a chapter is opened, Run All is clicked, figures appear, a widget answers."
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from resnet_fastai.data import draw_photo
+
+root = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='module')
+def lab(browser, tmp_path_factory):
+    "JupyterLab's address, over a copy of the notebooks; with settings of its own, and every cell in the page"
+    tmp = tmp_path_factory.mktemp('lab')
+    shutil.copytree(root/'nbs', tmp/'nbs', ignore=shutil.ignore_patterns('.*', 'models', '_proc'))
+    (settings := tmp/'settings'/'@jupyterlab'/'notebook-extension').mkdir(parents=True)
+    (settings/'tracker.jupyterlab-settings').write_text(json.dumps(dict(windowingMode='none')))
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = os.environ | dict(JUPYTER_CONFIG_DIR=str(tmp/'config'), JUPYTERLAB_SETTINGS_DIR=str(tmp/'settings'),
+                            JUPYTERLAB_WORKSPACES_DIR=str(tmp/'workspaces'), IPYTHONDIR=str(tmp/'ipython'))
+    env.pop('MPLBACKEND')                                      # tests draw without a screen; a notebook draws into its cells
+    log = open(tmp/'log', 'w')
+    cmd = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=t',
+           f'--ServerApp.root_dir={tmp/"nbs"}', '--LabApp.news_url=', '--LabApp.extension_manager=readonly',
+           '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', *(['--allow-root'] if os.geteuid() == 0 else [])]
+    server = subprocess.Popen(cmd, env=env, stdout=log, stderr=subprocess.STDOUT)
+    at, end = f'http://127.0.0.1:{port}', time.monotonic() + 60
+    while True:
+        try: urllib.request.urlopen(f'{at}/api/status?token=t', timeout=5); break
+        except OSError:
+            assert server.poll() is None and time.monotonic() < end, (tmp/'log').read_text()[-2000:]
+            time.sleep(.25)
+    yield at
+    server.terminate()
+    server.wait(20)
+    log.close()
+
+
+def open_notebook(v, lab, path):
+    v.page.goto(f'{lab}/lab/tree/{path}?token=t&reset')
+    v.page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=60_000)
+    idle(v, 60)
+
+
+def idle(v, seconds): v.page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status == 'idle'", timeout=1000*seconds)
+
+
+def menu(v, name, command):
+    v.page.click(f'.lm-MenuBar-itemLabel:text-is("{name}")')
+    v.page.click(f'.lm-Menu li[data-command="{command}"]')
+
+
+figures = '.jp-OutputArea img[src^="data:image/"]'
+wrong = '.jp-RenderedText[data-mime-type="application/vnd.jupyter.error"], .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]'
+
+
+def run_all(v, seconds):
+    "Every output is cleared and made again; the number of figures that can be seen"
+    before = v.page.locator(figures).count()
+    menu(v, 'Edit', 'editmenu:clear-all')
+    v.page.wait_for_function(f"document.querySelectorAll('{figures}').length == 0")
+    menu(v, 'Run', 'runmenu:run-all')
+    v.page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status == 'busy'", timeout=30_000)
+    idle(v, seconds)
+    assert not v.page.locator(wrong).count(), v.page.locator(wrong).first.inner_text()[-2000:]
+    counts = v.page.eval_on_selector_all('.jp-CodeCell .jp-InputArea-prompt', 'all => all.map(p => p.innerText.trim())')
+    assert counts and not [c for c in counts if c in ('[*]:',)]
+    widths = v.page.eval_on_selector_all(figures, 'all => all.map(i => i.naturalWidth)')
+    assert len(widths) >= before and all(w > 50 for w in widths)
+    return len(widths)
+
+
+def test_a_chapter(lab, visit):
+    v = visit(1300, 1500)
+    open_notebook(v, lab, '02_augment.ipynb')
+    assert run_all(v, 170) >= 3
+
+
+def test_your_photos_and_its_upload_box(lab, visit, tmp_path):
+    v = visit(1300, 1500)
+    open_notebook(v, lab, 'tutorials/your_photos.ipynb')
+    assert run_all(v, 280) >= 4
+    draw_photo('rings', np.random.default_rng(3)).save(tmp_path/'mine.jpg')
+    box = v.page.locator('.jupyter-widgets.widget-upload').last
+    before = v.page.locator('.jp-OutputArea img').count()
+    with v.page.expect_file_chooser() as chosen: box.click()
+    chosen.value.set_files(tmp_path/'mine.jpg')
+    v.page.wait_for_function(f"document.querySelectorAll('.jp-OutputArea img').length > {before}", timeout=60_000)
+    assert not v.page.locator(wrong).count()
+    box.scroll_into_view_if_needed()
