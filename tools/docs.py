@@ -47,10 +47,11 @@ def rename(nb_path, proc):
 
 
 def reading_order():
-    "The notebooks as the front page links to them; one that it does not name is an error"
+    "Chapters by their numbers, tutorials as the front page links to them; one that it does not name is an error"
     nbs = get_config().nbs_path
     front = '\n'.join(c.source for c in nbformat.read(nbs/'index.ipynb', 4).cells if c.cell_type == 'markdown')
-    order = ['index.ipynb', *dict.fromkeys(re.findall(r'\]\(([\w/]+\.ipynb)\)', front))]
+    links = dict.fromkeys(re.findall(r'\]\(([\w/]+\.ipynb)\)', front))
+    order = ['index.ipynb', *sorted(p for p in links if '/' not in p), *(p for p in links if '/' in p)]
     there = {p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
     if lost := there ^ set(order): sys.exit(f'nbs/index.ipynb should link to each notebook that there is: {", ".join(sorted(lost))}')
     return order
