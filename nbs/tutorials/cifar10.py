@@ -200,10 +200,10 @@ def epochs(dls, updates): return math.ceil(updates/dls.train.whole)
 
 # --- A run
 
-def commit():
+def commit(script=__file__):
     "The commit of this checkout, with a + where the library or this script differ from it"
     git = partial(subprocess.check_output, cwd=root, text=True, stderr=subprocess.DEVNULL)
-    try: changed, head = git(['git', 'status', '--porcelain', '--', 'resnet_fastai', __file__]), git(['git', 'rev-parse', 'HEAD'])
+    try: changed, head = git(['git', 'status', '--porcelain', '--', 'resnet_fastai', script]), git(['git', 'rev-parse', 'HEAD'])
     except (OSError, subprocess.CalledProcessError): return 'unknown'
     return head.strip() + ('+' if changed else '')
 
