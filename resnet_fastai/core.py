@@ -7,7 +7,7 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/core.html.md"""
 # %% auto #0
 __all__ = ['ResNet', 'train', 'plot_predictions']
 
-# %% ../nbs/06_core.ipynb #4f15b08a
+# %% ../nbs/06_core.ipynb #02be07b2
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
@@ -16,14 +16,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
 from fastai.torch_core import default_device, num_distrib, set_seed
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from . import inference, share
-from .data import DataError, PhotoError, list_photos, open_photo, resnet_dls
+from . import inference, look, share
+from .data import DataError, PhotoError, resnet_dls
 from .inference import predict_probs
+from .look import ready, top_labels
 from .many import distribute
 from .training import Checkpoint, resnet_learner
 
@@ -35,9 +37,9 @@ def _delegates(first, second):
     linked.__delwrap__ = first                              # where docments looks next
     return lambda f: delegates(linked)(delegates(first, keep=True)(f))
 
-# %% ../nbs/06_core.ipynb #42623067
+# %% ../nbs/06_core.ipynb #eb665c47
 class ResNet:
-    "The paper's network on your photos: `fit`, `predict`, `predict_n`, `evaluate`, `save`, `load`, `export`"
+    "The paper's network on your photos: `fit`, `predict`, `predict_n`, `show_prediction`, `evaluate`, `save`, `load`, `export`"
     @_delegates(resnet_learner, resnet_dls)
     def __init__(self,
         data_path:str|Path, # Folder with train/ and val/ (test/ may be there), or the URL of an archive of one
@@ -109,22 +111,15 @@ def train(
     model.fit(epochs, resume=resume is not None)
     return model.learn
 
-# %% ../nbs/06_core.ipynb #5406969b
+# %% ../nbs/06_core.ipynb #ef960a07
 @patch
 def predict(self:ResNet,
-    image, # A path, the bytes of a file, a PIL image, a list of these, or a folder of photos
-    **kwargs, # For `predict_probs`: scales, lighting, bs
+    image, # What `Photo` takes, a list of these, or a folder
+    **kwargs, # For `predict_probs`: scales, lighting, bs, precision
 ) -> np.ndarray: # (n_out,) float32 that sums to 1; [i] belongs to the label whose index is i; for a list or folder one row each
     "The probabilities of a photo, averaged over its 50 crops"
-    if not len(self.history) and 'origin' not in self.trained.training:
-        raise DataError("this model has not been trained; call fit() first, or load a saved model")
-    return predict_probs(self.net, _photos(image), self.stats, self.size, **kwargs)
-
-def _photos(image):
-    "A folder as the list of its photos, anything else as it is"
-    if not isinstance(image, (str, Path)) or not Path(image).is_dir(): return image
-    if found := list_photos(image): return found
-    raise DataError(f"{image} holds no photos")
+    t = ready(self)
+    return predict_probs(t.net, image, t.stats, t.size, **kwargs)
 
 @patch
 def predict_n(self:ResNet,
@@ -136,48 +131,74 @@ def predict_n(self:ResNet,
     if type(n) is not int or not 1 <= n <= len(self.labels):
         raise DataError(f"n is {n!r}; this model knows {len(self.labels)} labels, so it must be from 1 to {len(self.labels)}")
     probs = self.predict(image, **kwargs)
-    return self._best(probs, n) if probs.ndim == 1 else [self._best(p, n) for p in probs]
+    return top_labels(probs, self.labels, n) if probs.ndim == 1 else [top_labels(p, self.labels, n) for p in probs]
+
+# %% ../nbs/06_core.ipynb #0e4d7b30
+@patch
+@delegates(look.show_prediction)
+def show_prediction(self:ResNet,
+    photo, # What `predict` takes
+    n:int=5, # Labels for each photo; fewer where the model knows fewer
+    **kwargs
+) -> plt.Figure: # Each photo beside its bars
+    "Draw photos beside the probabilities of their likeliest labels"
+    return look.show_prediction(self, photo, n, **kwargs)
 
 @patch
-def _best(self:ResNet, probs, n):
-    named = sorted(self.labels.encoding.items(), key=lambda o: -probs[o[1]])
-    return [(label, float(probs[i])) for label,i in named[:n]]
+def show_crops(self:ResNet,
+    photo, # What `Photo` takes
+) -> plt.Figure: # A row a scale
+    "Draw the 50 crops of a photo, and which of them agree with their average"
+    return look.show_crops(self, photo)
 
-# %% ../nbs/06_core.ipynb #b6641fa8
-def _truth(model, photo):
-    known = isinstance(photo, (str, Path)) and model.labels.find_id(photo)
-    return model.labels.labels[known] if known else ''
+@patch
+def show_cam(self:ResNet,
+    photo, # What `Photo` takes
+    label:str|None=None, # The label that is asked about; None: the likeliest
+) -> plt.Figure: # The photo, and its grey copy with what speaks for the label
+    "Draw where in a photo the evidence for a label lies"
+    return look.show_cam(self, photo, label)
+
+@patch
+def interpretation(self:ResNet,
+    split:str='val', # 'val', 'test' or 'train'; its photos need labels
+) -> ClassificationInterpretation: # `plot_confusion_matrix`, `most_confused`, `plot_top_losses`, `top_losses`, …
+    "fastai's `ClassificationInterpretation` of a split"
+    return look.interpretation(self, split)
 
 def plot_predictions(
     model:ResNet, # Trained
     photos:list, # What `predict` takes
     n:int=3, # Labels for each photo
-) -> plt.Figure: # A column a photo
-    "Draw photos, the label above where it is known, and the n most likely labels below"
-    fig,axs = plt.subplots(2, len(photos), figsize=(1.7*len(photos), 3), layout='constrained', squeeze=False,
-                           gridspec_kw=dict(height_ratios=(2, 1)))
-    for photo,best,(top,low) in zip(photos, model.predict_n(photos, n), axs.T):
-        top.imshow(open_photo(photo)); top.axis('off'); top.set_title(_truth(model, photo), fontsize=9)
-        low.barh([l for l,_ in best][::-1], [p for _,p in best][::-1], color='#4c78a8')
-        low.set_xlim(0, 1); low.set_xticks([0, 1]); low.tick_params(labelsize=8)
-    fig.supxlabel('probability, mean of 50 crops', fontsize=9)
-    return fig
+) -> plt.Figure: # Each photo beside its bars
+    "`show_prediction` by another name"
+    return look.show_prediction(model, photos, n)
 
-# %% ../nbs/06_core.ipynb #fe8f5197
+# %% ../nbs/06_core.ipynb #dfa441ed
 @patch
 @delegates(inference.evaluate)
 def evaluate(self:ResNet, **kwargs) -> pd.DataFrame: # A row a protocol, or a row a protocol and class
     "Top-1 and top-5 error on a split, by one or more of the test protocols"
     return inference.evaluate(self, **kwargs)
 
-# %% ../nbs/06_core.ipynb #935372d6
+@patch
+@delegates(inference.predict_folder)
+def predict_folder(self:ResNet,
+    photos:str|Path|list, # A folder, searched to the bottom, or a list of paths
+    **kwargs
+) -> pd.DataFrame: # id, label_1, prob_1, …, error
+    "The likeliest labels of every photo, in a table that an interrupted run goes on with"
+    return inference.predict_folder(ready(self)._replace(history=None), photos, **kwargs)
+
+# %% ../nbs/06_core.ipynb #f3a90ba8
 @patch
 def save(self:ResNet,
-    folder:str|Path, # Made if need be
+    folder:str|Path, # Made if need be; where several processes train together each must call this, and the first writes
     overwrite:bool=False, # Replace a model that is already there?
 ) -> Path: # The folder
     "Save what predictions need: model.safetensors and config.json, and README.md for people"
-    return share.save_model(self, folder, overwrite)
+    write, many = (lambda: share.save_model(self, folder, overwrite)), getattr(self.learn, 'many_processes', None)
+    return many.by_first(write) if many else write()
 
 @patch(cls_method=True)
 def load(cls:ResNet,

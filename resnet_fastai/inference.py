@@ -42,7 +42,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .augment import ColorStats, PCALighting, five_boxes, in_proportion, resize_short, short_size
-from .data import DataError, LabelMap, PhotoError, PhotoList, list_photos, open_photo, replacing, resolve_data, split_photos, write_json
+from .data import (DataError, LabelMap, PhotoError, PhotoList, list_photos, open_photo, photo_inputs, replacing, resolve_data, split_photos,
+                                write_json)
 from .training import fast_precision
 
 # %% ../nbs/05_inference.ipynb #f10d909f
@@ -396,21 +397,20 @@ def _ask_looks(ask, photos, looks_of, size, lighting, average, bs, num_workers, 
 # %% ../nbs/05_inference.ipynb #ec605b95
 def predict_probs(
     net:nn.Module, # Gives logits
-    image, # What `open_photo` takes, or a list of such
+    image, # What `Photo` takes, a list of these, or a folder
     stats:ColorStats, # Of the training set
     size:int=224, # Side of the crops, pixels
     scales:tuple|None=None, # As for `fifty_crop`
     lighting:bool=False, # Draw a PCA lighting for each crop
     bs:int|None=None, # Crops that go through the network at a time; None: as many as suit the hardware
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
-) -> np.ndarray: # (n_out,) float32 that sums to 1; for a list one row each
+) -> np.ndarray: # (n_out,) float32 that sums to 1; for a list or folder one row each
     "Average the probabilities of a photo's crops"
-    many = isinstance(image, (list, tuple, PhotoList))
-    if many and not len(image): raise DataError("there are no photos in this list")
+    photos,one = photo_inputs(image)
     ask,_ = crop_asker(net, stats, size, lighting, precision)
     places = lambda w,h: [looks(w, h, size, scales)]
-    found = _ask_looks(ask, image if many else [image], places, size, lighting, 'probs', bs or batch_size(net, size), None if many else 0)
-    return np.concatenate(list(found)) if many else next(found)[0]
+    found = _ask_looks(ask, photos, places, size, lighting, 'probs', bs or batch_size(net, size), 0 if one else None)
+    return next(found)[0] if one else np.concatenate(list(found))
 
 # %% ../nbs/05_inference.ipynb #1afb87b6
 def _trunk_and_head(net):

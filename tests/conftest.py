@@ -11,6 +11,9 @@ matplotlib.use('Agg')
 root = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config): config.addinivalue_line('markers', 'paper(*rules): the rules of nbs/tutorials/paper.json that the test proves')
+
+
 @pytest.fixture(scope='session', autouse=True)
 def own_fastai_home(tmp_path_factory):
     "fastai's folders in a temporary place: no test reads or changes what the user has"

@@ -52,6 +52,7 @@ def run(folder, tmp_path):
     return go
 
 
+@pytest.mark.paper('4.2-crop')
 def test_crops_are_those_of_a_loop():
     x = torch.randn(2, 3, 6, 5)                                          # not square, so that rows and columns cannot be mixed up
     for photo in x:
@@ -79,6 +80,7 @@ def test_photos_are_pillows(folder, tmp_path):
             assert np.abs(x[i].permute(1, 2, 0).numpy().astype(int) - np.asarray(Image.open(p)).astype(int)).max() <= 3      # decoders differ
 
 
+@pytest.mark.paper('4.2-mean', '4.2-test')
 def test_batches(folder, tmp_path):
     data = cifar.cifar10(folder, tmp_path)
     dls = cifar.cifar_dls(data, bs=16)
@@ -92,6 +94,7 @@ def test_batches(folder, tmp_path):
     assert not torch.equal(first, again) and torch.equal(first.bincount(), data['train'][1].bincount())      # each photo once, shuffled
 
 
+@pytest.mark.paper('4.2-hold-out')
 def test_hold_out(folder, tmp_path):
     data = cifar.cifar10(folder, tmp_path)
     dls = cifar.cifar_dls(data, bs=16, hold_out=10)
@@ -102,6 +105,7 @@ def test_hold_out(folder, tmp_path):
     assert torch.equal(held, cifar.cifar_dls(data, bs=16, hold_out=10).valid_ds.x)
 
 
+@pytest.mark.paper('4.2-rate', '4.2-sgd')
 def test_a_run_of_the_papers_recipe(run):
     learn, told = run('whole')
     assert cifar.drops(64_000) == (32_000, 48_000)                       # §4.2
@@ -132,6 +136,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch):
     assert same(told['epochs']) == same(told_again['epochs'])
 
 
+@pytest.mark.paper('4.2-warm-up')
 def test_a_plain_net_and_a_deep_one(folder, run, tmp_path):
     learn, told = run('plain', kind='plain', updates=1)
     assert told['kind'] == 'plain' and 'Plain' in str(learn.model)
@@ -161,7 +166,8 @@ def test_what_cannot_be_used_is_named(folder, tmp_path, capsys):
     with pytest.raises(DataError, match='48 training photos; a batch needs 128'): cifar.cifar_dls(cifar.cifar10(folder, tmp_path))
 
 
-@pytest.mark.parametrize('file', sorted((tutorials/'results').glob('*.json')), ids=lambda p: p.stem)
+@pytest.mark.paper('4.2-batch', '4.2-rate')
+@pytest.mark.parametrize('file', sorted((tutorials/'results').glob('*[0-9].json')), ids=lambda p: p.stem)
 def test_stored_results(file):
     run = Namespace(**json.loads(file.read_text()))
     assert file.stem == f'{run.kind}{run.depth}-{run.updates}-{run.seed}'

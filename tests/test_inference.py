@@ -54,6 +54,7 @@ def plain(net, img, size=64, mean=stats.mean):
 def close(a, b, atol=1e-5): np.testing.assert_allclose(a, b, atol=atol, rtol=0)
 
 
+@pytest.mark.paper('3.3-head', '3.4-ten-crop', '3.4-scales')
 @pytest.mark.parametrize('arch,wh', [('resnet18', (150, 110)), ('plain18', (111, 150)), ('cifar_resnet8', (64, 64))])
 def test_fifty_crops_are_the_plain_way(arch, wh):
     net, img = a_net(arch).train(), a_photo(*wh)
@@ -61,6 +62,7 @@ def test_fifty_crops_are_the_plain_way(arch, wh):
     close(predict_probs(net, img, stats, 64), plain(net, img), 5e-3)                         # a network of chance, in the default precision
 
 
+@pytest.mark.paper('3.4-dense', '3.4-scales')
 @pytest.mark.parametrize('arch', ['resnet18', 'cifar_resnet8'])
 def test_dense_is_written_out(arch):
     "Every window of the last maps, at five scales and mirrored, read one by one"
@@ -189,6 +191,7 @@ def folder(tmp_path):
     return tmp_path/'photos'
 
 
+@pytest.mark.paper('4.1-errors')
 def test_evaluate_counts(model, drawn):
     labels = pd.read_json(drawn[1], typ='series')
     photos, names = list_photos(drawn[0]/'test'), sorted(set(labels))

@@ -79,6 +79,7 @@ def macs(rows, features, n_out):
     return sum(k*k*ni*nf*size*size for k, _, _, ni, nf, size in rows) + features*n_out
 
 
+@pytest.mark.paper('3.2-layers', '3.2-bias', '3.3-stride', '3.3-B', '3.3-across', '4.1-table-1', '4.1-downsample', '4.1-C', '4.1-bottleneck')
 @pytest.mark.parametrize('depth', DEPTHS)
 def test_convolutions_are_those_of_table_1(depth):
     for stride_at, shortcut, size in itertools.product(('1x1', '3x3'), 'ABC', (224, 97)):
@@ -89,11 +90,13 @@ def test_convolutions_are_those_of_table_1(depth):
     assert [r[-1] for r in layers if r[1] == 2] == [112, 28, 14, 7] and {r[-1] for r in layers} == set(SIZES_AT_224)
 
 
+@pytest.mark.paper('3.3-3x3', '4.1-plain')
 @pytest.mark.parametrize('depth', (18, 34))
 def test_plain_nets_have_the_layers_of_table_1(depth):
     assert net_convs(on_meta(plain, depth)) == paper_convs(depth, shortcut='none')
 
 
+@pytest.mark.paper('4.2-net')
 @pytest.mark.parametrize('n', (1, 3, 9))
 @pytest.mark.parametrize('make', (cifar_resnet, cifar_plain))
 def test_cifar_nets_have_the_layers_of_section_4_2(make, n):
@@ -109,6 +112,7 @@ def test_cifar_nets_have_the_layers_of_section_4_2(make, n):
     assert count_macs(net, 32) == macs(rows, 64, 10)
 
 
+@pytest.mark.paper('4.2-A', '4.2-table-6')
 @pytest.mark.parametrize('n,millions', [(3, .27), (5, .46), (7, .66), (9, .85), (18, 1.7), (200, 19.4)])
 def test_cifar_parameters_are_those_of_table_6(n, millions):
     for make in (cifar_resnet, cifar_plain):
@@ -116,6 +120,7 @@ def test_cifar_parameters_are_those_of_table_6(n, millions):
         assert round(p, 1 if millions > 1 else 2) == millions
 
 
+@pytest.mark.paper('3.3-34', '4.1-flops')
 @pytest.mark.parametrize('depth', DEPTHS)
 @pytest.mark.parametrize('stride_at', ('1x1', '3x3'))
 def test_multiply_adds_equal_the_formula_and_pytorchs_counter(depth, stride_at):
@@ -138,6 +143,7 @@ def test_counting_leaves_the_network_alone():
     assert count_macs(net.to(torch.bfloat16), 64) == count_macs(resnet(18, 5), 64)
 
 
+@pytest.mark.paper('4.1-50')
 def test_resnet50_by_numbers():
     assert count_params(on_meta(resnet50)) == 25_557_032
     assert count_macs(on_meta(resnet50)) == 3_857_973_248 and count_macs(on_meta(resnet50, stride_at='3x3')) == 4_089_184_256
@@ -173,6 +179,7 @@ def torchvisions(request):
     return request.param, lived_in(getattr(tvm, f'resnet{request.param}')(num_classes=10))
 
 
+@pytest.mark.paper('3.2-projection')
 def test_torchvisions_weights_load_strictly_and_give_its_logits(torchvisions):
     depth, theirs = torchvisions
     ours = resnet(depth, 10, stride_at='3x3')
@@ -194,6 +201,7 @@ def test_timms_weights_load_strictly_and_give_its_logits(torchvisions):
     same_logits(ours, theirs)
 
 
+@pytest.mark.paper('4.1-downsample')
 def test_the_papers_strides_are_torchvisions_network_with_its_strides_moved(torchvisions):
     depth, theirs = torchvisions
     if depth < 50: pytest.skip('no bottlenecks at 18 and 34 layers: v1 and v1.5 are the same')
@@ -219,6 +227,7 @@ class PaddedByHand(nn.Module):
         return y
 
 
+@pytest.mark.paper('3.3-A', '3.3-across')
 @pytest.mark.parametrize('stride', (1, 2, 3))
 @pytest.mark.parametrize('h,w', [(8, 8), (9, 7), (1, 2), (6, 11)])
 def test_option_a_against_pixel_by_pixel(stride, h, w):
@@ -226,6 +235,7 @@ def test_option_a_against_pixel_by_pixel(stride, h, w):
     assert torch.equal(PaddedBlock(5, 12, stride).shortcut(x), PaddedByHand(12, stride)(x))
 
 
+@pytest.mark.paper('3.3-A')
 @pytest.mark.parametrize('depth', (18, 50))
 def test_option_a_in_torchvisions_network(depth):
     torch.manual_seed(0)
@@ -259,6 +269,7 @@ def calls(net, x):
     return seen
 
 
+@pytest.mark.paper('3.4-bn', '4.2-sgd')
 @archs
 def test_bn_follows_each_convolution_and_comes_before_the_activation(arch, kwargs):
     net = build_net(arch, 5, **kwargs)
@@ -276,6 +287,7 @@ def test_bn_follows_each_convolution_and_comes_before_the_activation(arch, kwarg
     assert all(isinstance(made_by[id(i)], nn.ReLU) for m, i, _ in seen if isinstance(m, nn.Conv2d) and id(i) in made_by)
 
 
+@pytest.mark.paper('3.1-residual', '3.2-block', '3.2-relu')
 @pytest.mark.parametrize('make', (IdentityBlock, partial(ProjectionBlock, 8), partial(PaddedBlock, 8)))
 def test_the_last_relu_waits_for_the_sum(make):
     block, x = make(16), torch.randn(2, 16 if make is IdentityBlock else 8, 9, 7)
@@ -295,6 +307,7 @@ def test_gradients_reach_every_parameter(arch, kwargs):
     assert missing == []
 
 
+@pytest.mark.paper('3.4-init', '3.4-scratch', '4.2-sgd')
 @archs
 def test_initialisation(arch, kwargs):
     torch.manual_seed(0)
@@ -312,6 +325,7 @@ def test_initialisation(arch, kwargs):
     assert all(torch.equal(v, again[k]) for k, v in net.state_dict().items())
 
 
+@pytest.mark.paper('3.1-identity')
 @pytest.mark.parametrize('arch', ('resnet18', 'resnet50', 'cifar_resnet20'))
 def test_zero_init_residual_starts_each_block_as_its_shortcut(arch):
     net = build_net(arch, 5, zero_init_residual=True)
@@ -321,6 +335,7 @@ def test_zero_init_residual_starts_each_block_as_its_shortcut(arch):
         with torch.no_grad(): assert torch.equal(block(x), block.shortcut(x).relu())
 
 
+@pytest.mark.paper('3.2-free', '4.1-same-size', '4.2-A')
 @pytest.mark.parametrize('family,depth', [('', 18), ('', 34), ('cifar_', 20)])
 def test_plain_nets_have_no_shortcut(family, depth):
     residual, shortcutless = (build_net(f'{family}{kind}{depth}', 5, **kw).eval() for kind, kw in (('resnet', dict(shortcut='A')), ('plain', {})))
@@ -334,6 +349,7 @@ def test_plain_nets_have_no_shortcut(family, depth):
         assert torch.equal(shortcutless(x), shortcutless(x2)) and torch.equal(shortcutless(x)[0], shortcutless.fc.bias)
 
 
+@pytest.mark.paper('3.3-head')
 def test_outputs_are_logits_at_any_size():
     net = resnet(18, 7).eval()
     for h, w in [(32, 32), (33, 200), (225, 101)]:

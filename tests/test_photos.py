@@ -169,6 +169,7 @@ def test_a_photo_that_claims_too_many_pixels(picture, tmp_path, monkeypatch):
 
 # ── The crop, made from a part ───────────────────────────────────────────────────────────────────────────────────────────────
 
+@pytest.mark.paper('3.4-scale')
 def test_crops_equal_resize_all_then_crop_on_real_photos(photos):
     "Every scale from 256 to 480 and every corner, and a place inside: at most 2 grey levels in the mean, of every single crop"
     rng, paths, means = random.Random(0), list_photos(photos), []
@@ -196,6 +197,7 @@ def test_large_photos_that_the_decoder_shrinks(photos):
                 assert np.abs(part - resized[box[1]:box[3], box[0]:box[2]]).mean() <= 2
 
 
+@pytest.mark.paper('3.4-crop')
 def test_offsets_are_uniform():
     "A photo whose pixels say where they are: 40×30, crops of 20, no scaling; each of the 21×11 offsets equally likely"
     y, x = np.mgrid[:30, :40]

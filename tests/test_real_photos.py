@@ -13,6 +13,7 @@ from resnet_fastai.data import from_folders, list_photos
 from resnet_fastai.inference import evaluate, fifty_crop
 
 
+@pytest.mark.paper('3.4-ten-crop', '3.4-scales')
 def test_fifty_crops_are_torchvisions(photos):
     to_tensor = T.ToTensor()
     shapes = set()
@@ -31,6 +32,7 @@ def test_validation_crop_is_torchvisions(photos):
         assert np.array_equal(tfm(img, split_idx=1), theirs(img)), p
 
 
+@pytest.mark.paper('3.4-colour')
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_colour_terms_are_numpys(photos, num_workers):
     paths = list_photos(photos)

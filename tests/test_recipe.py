@@ -64,6 +64,7 @@ def draw_losses(rng):
     return [rng.choice([rng.randint(0, 8)/8, 1 - i/n, float('nan'), .5, rng.random()]) for i in range(n)]
 
 
+@pytest.mark.paper('3.4-plateau')
 def test_a_thousand_sequences_fall_as_torchs_do():
     rng, drops = random.Random(0), 0
     for _ in range(1000):
@@ -77,6 +78,7 @@ def test_a_thousand_sequences_fall_as_torchs_do():
     assert drops > 2000
 
 
+@pytest.mark.paper('3.4-plateau')
 @pytest.mark.parametrize('monitor', ['train_loss', 'valid_loss', 'top1_error'])
 def test_any_value_can_be_monitored_and_drops_are_logged(photos, monitor, capsys):
     m = ResNet(*photos, **settings, schedule=PlateauLR(monitor, patience=0, min_delta=10, cooldown=1))
@@ -102,6 +104,7 @@ def batch_rates(cb, epochs, n=24, micro_bs=4, bs=8):
     return found
 
 
+@pytest.mark.paper('4.2-rate')
 @pytest.mark.parametrize('unit,at', [('updates', (1,)), ('updates', (2, 4, 5)), ('updates', (3, 9)), ('epochs', (1, 2)), ('epochs', (3,))])
 def test_steps_are_torchs_milestones(unit, at):
     ours = batch_rates(StepLR(**{unit: at}), 4)
@@ -122,6 +125,7 @@ def test_steps_go_on_after_resuming(photos, tmp_path):
     assert m.learn.step_lr.done == 12 and len({*m.learn.recorder.lrs}) == 3
 
 
+@pytest.mark.paper('4.2-warm-up')
 def test_the_warm_up_ends_with_the_error(photos, tmp_path):
     m = fitted(photos, 2, cbs=[WarmUp(lr=.001, until=1.1, window=5)], lr=.01)
     assert m.learn.recorder.lrs == [.001]*5 + [.01]*17      # any error is below 1.1: it ends with the first full window
@@ -145,6 +149,7 @@ def decayed(photos, decay):
     return {n for n, p in m.net.named_parameters() if not torch.equal(p, was[n])}, set(was)
 
 
+@pytest.mark.paper('3.4-decay')
 def test_what_decays_has_a_name(photos):
     found = {d: decayed(photos, d)[0] for d in ('all', 'conv_fc', 'weights')}
     every = decayed(photos, 'all')[1]

@@ -82,6 +82,7 @@ def expected(column, shift, sort_val=False):
 by_wnid, by_number = expected(3, 0), expected(2, 1)
 
 
+@pytest.mark.paper('4.1-data')
 @pytest.mark.parametrize('src', ['.', 'ILSVRC', 'ILSVRC/Data', cls_loc])
 def test_kaggle(tmp_path, src, monkeypatch):
     before = bytes_below(kaggle(tmp_path/'src'))
@@ -99,6 +100,7 @@ def test_a_relative_src(tmp_path, monkeypatch):
     assert listed(type(paths)(*(tmp_path/'dest'/n for n in ('', 'labels.json', 'encoding.json')))) == by_wnid
 
 
+@pytest.mark.paper('4.1-data')
 @pytest.mark.parametrize('order, rows', [('official', by_number), ('wnid', by_wnid)])
 def test_official_archives(tmp_path, order, rows):
     before = bytes_below(official(tmp_path/'src'))

@@ -63,6 +63,7 @@ def torch_rates(losses, patience, min_delta):
     return found
 
 
+@pytest.mark.paper('3.4-plateau')
 @pytest.mark.parametrize('seed', range(100))
 def test_plateau_decides_as_torch_does(seed):
     rng = random.Random(seed)
@@ -80,6 +81,7 @@ def test_a_rate_given_to_fit_wins_over_the_plateau():
     assert learn.opt.hypers[-1]['lr'] == .03
 
 
+@pytest.mark.paper('3.4-batch', '3.4-momentum', '3.4-decay')
 @pytest.mark.parametrize('n,bs,micro_bs', [(50, 16, 8), (37, 16, 4), (33, 32, 8), (5, 256, 2)])
 def test_accumulated_updates_are_plain_updates(n, bs, micro_bs):
     "Without BN, micro-batches give the weights of torch's SGD on whole batches, momentum and decay included"

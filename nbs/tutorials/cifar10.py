@@ -259,7 +259,7 @@ def read_results(
     folder:str|Path=Path(__file__).parent/'results', # Of JSON files
 ) -> pd.DataFrame: # A row an epoch, with what is known of its run
     "The stored runs; of a net with several seeds, those that have come farthest"
-    runs = [json.loads(f.read_text()) for f in sorted(Path(folder).glob('*.json'))]
+    runs = [json.loads(f.read_text()) for f in sorted(Path(folder).glob('*.json')) if f.name.startswith(('plain', 'resnet'))]
     known = 'kind', 'depth', 'seed', 'parameters', 'macs'
     rows = pd.DataFrame([{k: r[k] for k in known} | e for r in runs for e in r['epochs'] if r['updates'] == planned])
     if not len(rows): raise DataError(f"{folder} holds no run of {planned:,} updates; this script makes them")
