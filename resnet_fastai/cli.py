@@ -258,6 +258,11 @@ def _read_args(run):
     if odd := known ^ {*args}: raise DataError(f"{run/'args.json'} is not as `train` wrote it: {', '.join(sorted(odd))}")
     return args
 
+def _alone():
+    from resnet_fastai.data import DataError
+    if os.environ.get('WORLD_SIZE', '1') != '1':
+        raise DataError('this command trains in one process; for several, let torchrun start a Python script that calls train(…), as chapter 4b shows')
+
 def _ready(args, run):
     "The `ResNet` that a run's arguments describe"
     from resnet_fastai.augment import ColorStats
@@ -316,6 +321,7 @@ def _train(
 def _begin(args, run, model, folders):
     "A `ResNet` with a run's folder, or nothing at all"
     from resnet_fastai.data import DataError, from_folders, resolve_data, write_json
+    _alone()
     _refuse_taken(model, run)
     if (run/'args.json').exists() or any(run.glob('checkpoint-*')):
         raise DataError(f'{run} holds a run already; go on with: resnet-fastai resume {shlex.quote(str(run))}, or name a new folder with --run')
@@ -342,6 +348,7 @@ def resume(
 
     Example: resnet-fastai resume flowers-run"""
     with answering(as_json, log=True) as answer:
+        _alone()
         from resnet_fastai.data import write_json
         args = _read_args(run)
         args |= {k: v for k,v in _kept(dict(epochs=epochs, model=model)).items() if v is not None}

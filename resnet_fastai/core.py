@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from fastai.torch_core import default_device, num_distrib, set_seed
+from fastai.torch_core import default_device, num_distrib, rank_distrib, set_seed
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
@@ -188,17 +188,16 @@ def predict_folder(self:ResNet,
     **kwargs
 ) -> pd.DataFrame: # id, label_1, prob_1, …, error
     "The likeliest labels of every photo, in a table that an interrupted run goes on with"
-    return inference.predict_folder(ready(self)._replace(history=None), photos, **kwargs)
+    return inference.predict_folder(self, photos, **kwargs)
 
 # %% ../nbs/06_core.ipynb #f3a90ba8
 @patch
 def save(self:ResNet,
-    folder:str|Path, # Made if need be; where several processes train together each must call this, and the first writes
+    folder:str|Path, # Made if need be
     overwrite:bool=False, # Replace a model that is already there?
 ) -> Path: # The folder
-    "Save what predictions need: model.safetensors and config.json, and README.md for people"
-    write, many = (lambda: share.save_model(self, folder, overwrite)), getattr(self.learn, 'many_processes', None)
-    return many.by_first(write) if many else write()
+    "Save what predictions need: model.safetensors and config.json, and README.md for people; of several processes the first does"
+    return Path(folder) if rank_distrib() else share.save_model(self, folder, overwrite)
 
 @patch(cls_method=True)
 def load(cls:ResNet,

@@ -656,7 +656,8 @@ def predict_folder(
     _one_of('protocol', protocol, protocols)
     if type(n) is not int or not 1 <= n <= (known := len(parts.labels)):
         raise DataError(f"n is {n!r}; this model knows {known} labels, so it must be from 1 to {known}")
-    if isinstance(history := getattr(model, 'history', None), pd.DataFrame) and history.empty:
+    untrained = isinstance(history := getattr(model, 'history', None), pd.DataFrame) and history.empty
+    if untrained and 'origin' not in getattr(getattr(model, 'trained', None), 'training', {}):
         raise DataError("this model has not been trained; call fit() first, or load a saved model")
     photos,name = _named_photos(photos)
     rows = _open_rows(dest, n, _origin(model, parts, n, protocol)) if dest is not None else None

@@ -382,6 +382,14 @@ def test_class_folders(shell, tmp_path):
     assert not (tmp_path/'n-run'/'data').exists()
 
 
+def test_one_process_only(tmp_path):
+    "Several that torchrun has started would write one run over each other"
+    for args in (['train', 'd', 'l', 'e', '--model', 'm'], ['resume', 'r']):
+        done = subprocess.run([sys.executable, '-c', 'from resnet_fastai.cli import main; main()', *args], env=os.environ | dict(WORLD_SIZE='2'), cwd=tmp_path,
+                              capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and 'trains in one process' in done.stderr and not [*tmp_path.iterdir()], done
+
+
 # ---- predict
 
 odd = ['a b.jpg', 'a\nb.jpg', '-x.jpg', 'tab\t.jpg', 'é猫.jpg', "q'uote\".jpg", '%s{}.jpg', '*.jpg', 'a.jpg\r', '\x1b[31m.jpg', 'bad\udcff.jpg']
