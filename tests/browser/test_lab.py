@@ -94,9 +94,9 @@ def test_your_photos_and_its_upload_box(lab, visit, tmp_path):
     assert run_all(v, 280) >= 4
     draw_photo('rings', np.random.default_rng(3)).save(tmp_path/'mine.jpg')
     box = v.page.locator('.jupyter-widgets.widget-upload').last
-    before = v.page.locator('.jp-OutputArea img').count()
     with v.page.expect_file_chooser() as chosen: box.click()
     chosen.value.set_files(tmp_path/'mine.jpg')
-    v.page.wait_for_function(f"document.querySelectorAll('.jp-OutputArea img').length > {before}", timeout=60_000)
+    v.page.wait_for_function("[...document.querySelectorAll('img.widget-image')].some(i => i.naturalWidth > 100)", timeout=60_000)
+    assert v.page.locator('.widget-label', has_text='mine.jpg').count() == 1
     assert not v.page.locator(wrong).count()
     box.scroll_into_view_if_needed()
