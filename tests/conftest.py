@@ -1,6 +1,7 @@
 "What several tests need: real photos where they are at hand, and a small set of drawn ones."
 import json
 import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -11,7 +12,10 @@ matplotlib.use('Agg')
 root = Path(__file__).resolve().parent.parent
 
 
-def pytest_configure(config): config.addinivalue_line('markers', 'paper(*rules): the rules of nbs/tutorials/paper.json that the test proves')
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'paper(*rules): the rules of nbs/tutorials/paper.json that the test proves')
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # started in a script's background, where a shell turns Ctrl-C off
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='session', autouse=True)
