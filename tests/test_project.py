@@ -1,4 +1,6 @@
 "The project's facts have one home, and their copies agree with it."
+import base64
+import json
 import re
 import shlex
 import shutil
@@ -161,3 +163,17 @@ def test_formulas_become_mathml(docs):
     made = docs.mathml(page)
     assert made.count('<math') == 2 and made.count('<mtr>') == 2 and 'span' not in made and '\\' not in made
     with pytest.raises(SystemExit, match='nosuchthing'): docs.mathml(r'<span class="math inline">\(\nosuchthing x\)</span>')
+
+
+def stored_pictures():
+    for p in (root/'nbs').rglob('*.ipynb'):
+        for i,c in enumerate(json.loads(p.read_text(encoding='utf-8'))['cells']):
+            for o in c.get('outputs', []):
+                for kind,data in o.get('data', {}).items():
+                    if kind.startswith('image/'): yield f'{p.name}, cell {i}', len(''.join(data) if kind.endswith('xml') else base64.b64decode(''.join(data)))
+    for p in (root/'nbs'/'images').iterdir(): yield p.name, p.stat().st_size
+
+
+def test_pictures_are_small():
+    sizes = list(stored_pictures())
+    assert len(sizes) > 20 and [s for s in sizes if s[1] > 200*1024] == []
