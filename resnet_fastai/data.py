@@ -91,7 +91,8 @@ def write_json(
     obj, # What JSON can hold
 ):
     "Write an object as JSON"
-    with replacing(path) as part: part.write_text(json.dumps(obj, ensure_ascii=False, indent=1), encoding='utf-8')
+    text = json.dumps(obj, ensure_ascii=False, indent=1).encode('utf-8', 'backslashreplace')     # a name that is not UTF-8: as JSON escapes it
+    with replacing(path) as part: part.write_bytes(text)
 
 # %% ../nbs/01_data.ipynb #b89c20ef
 def photo_ids(

@@ -534,7 +534,8 @@ def evaluate(
     for some in [w for w in (crops, ['dense']*('dense' in wanted)) if w]:
         found = _answers(parts, photos, some, lighting, average, precision, num_workers)
         probs |= zip(some, np.stack(list(progress_bar(found, total=len(photos), leave=False)), 1))
-    return pd.DataFrame([row for p in wanted for row in _rows(p, probs[p], targ, parts.labels if per_class else None)])
+    rows = [row for p in wanted for row in _rows(p, probs[p], targ, parts.labels if per_class else None)]
+    return pd.DataFrame({k: pd.Series([r[k] for r in rows], dtype=object if k == 'label' else None) for k in rows[0]})     # a label is any text
 
 def _rows(protocol, probs, targ, labels):
     groups = {labels.by_index[i]: targ == i for i in np.unique(targ)} if labels else {None: slice(None)}
@@ -607,16 +608,16 @@ def _table(rows, n):
     "A frame of rows, or of a CSV file of them (whole, or an iterator over parts)"
     floats = {f'prob_{i}': 'float32' for i in range(1, n+1)}
     if not isinstance(rows, list):
-        return pd.read_csv(rows, dtype={c: floats.get(c, str) for c in _columns(n)}, na_values={c: [''] for c in floats},
+        return pd.read_csv(rows, dtype={c: floats.get(c, object) for c in _columns(n)}, na_values={c: [''] for c in floats},
                            keep_default_na=False, encoding_errors='surrogateescape')
-    frame = pd.DataFrame(rows, columns=_columns(n))
+    frame = pd.DataFrame(rows, columns=_columns(n), dtype=object)             # pyarrow's strings refuse names that are not UTF-8
     return frame.assign(**{c: pd.to_numeric(frame[c]).astype('float32') for c in floats})
 
 def _write_parquet(rows, dest, n, block=10_000):
     "A Parquet file of a CSV file, some rows at a time"
     import pyarrow as pa, pyarrow.parquet as pq
     schema = pa.schema([(c, pa.float32() if c.startswith('prob_') else pa.string()) for c in _columns(n)])
-    with replacing(dest) as part, pq.ParquetWriter(part, schema) as out, open(rows, encoding='utf-8', newline='') as f:
+    with replacing(dest) as part, pq.ParquetWriter(part, schema) as out, open(rows, encoding='utf-8', errors='backslashreplace', newline='') as f:
         reader, _ = (r := csv.reader(f)), next(r)
         while some := [row for _,row in zip(range(block), reader)]:
             out.write_table(pa.Table.from_pandas(_table(some, n), schema, preserve_index=False))

@@ -65,7 +65,7 @@ def check_data(
     rows += [('no photo by its name', s, p, 'left out') for s in splits if (root/s).is_dir() for p in sorted(_scan(root/s, photos=False))]
     print(f'{len(paths):,} photos read, {len(rows):,} problems')
     short = lambda o: str(o).replace(os.path.join(root, ''), '')
-    return pd.DataFrame([(problem, s, short(p), short(why)) for problem,s,p,why in rows], columns=['problem', 'split', 'photo', 'detail'])
+    return pd.DataFrame([(problem, s, short(p), short(why)) for problem,s,p,why in rows], columns=['problem', 'split', 'photo', 'detail'], dtype=object)
 
 # %% ../nbs/02b_prepare.ipynb #1ea79f03
 _kinds = {**dict.fromkeys(('.jpg', '.jpeg', '.jpe', '.jfif'), 'JPEG'), **dict.fromkeys(('.tif', '.tiff'), 'TIFF'),

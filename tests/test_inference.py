@@ -256,7 +256,6 @@ def test_parquet(model, folder, tmp_path, monkeypatch):
         m.setattr(inference.importlib.util, 'find_spec', lambda name: None)
         with pytest.raises(DataError, match='need pyarrow'): predict_folder(model, folder, tmp_path/'a.parquet')
         assert not list(tmp_path.glob('a.*'))
-    pytest.importorskip('pyarrow', reason='needs pyarrow')
     found = predict_folder(model, folder, tmp_path/'a.parquet', n=2)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path/'a.parquet'), found, check_dtype=False)
 
@@ -289,4 +288,4 @@ def test_killed_and_gone_on(model, folder, tmp_path):
     inference.open_photo = lambda photo: asked.append(photo) or ask(photo)
     try: pd.testing.assert_frame_equal(predict_folder(model, folder, dest, n=2, precision='fp32'), whole, atol=1e-6, rtol=0)
     finally: inference.open_photo = ask
-    assert 0 < len(asked) <= len(whole) - 4                                                    # what was done is not done again
+    assert 0 < len(asked) <= len(whole) - 2                                                    # only a last block of two, written and not yet noted, is done again
