@@ -383,8 +383,9 @@ def batches_from(
     "An epoch's batches from number k on, as they would have come"
     def rest():
         del dl.get_idxs                                    # once; and worker processes get a loader without this
-        order,done = dl.get_idxs(),sum(dl.shares[:k])
-        dl.shares = dl.shares[k:]
+        order = dl.get_idxs()
+        if not hasattr(dl, 'shares'): return order[k*dl.bs:]                   # no `PhotoDL`
+        done,dl.shares = sum(dl.shares[:k]),dl.shares[k:]
         return order[done:]
     set_rng(now, dls)
     dl.rng.setstate(_unpack(start['loaders'][0]))

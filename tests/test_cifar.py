@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import shutil
+import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -119,15 +120,17 @@ def test_a_run_of_the_papers_recipe(run):
     assert told['epochs'][-1]['valid_loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch):
+@pytest.mark.parametrize('event, at', [('after_epoch', 2), ('after_batch', 6), ('after_batch', 7)])      # an epoch: three batches and one of evaluation
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch, event, at):
     once, told = run('once')
-    after_epoch, seen = cifar.Results.after_epoch, []
+    after, seen = getattr(cifar.Results, event), []
 
     def stop(self):
         seen.append(len(self.history.rows))
-        if len(seen) == 2: raise KeyboardInterrupt
-        after_epoch(self)
-    monkeypatch.setattr(cifar.Results, 'after_epoch', stop)
+        if len(seen) == at and event == 'after_epoch': raise KeyboardInterrupt
+        if len(seen) == at: signal.raise_signal(signal.SIGINT)
+        after(self)
+    monkeypatch.setattr(cifar.Results, event, stop)
     with pytest.raises(KeyboardInterrupt): run('broken')
     monkeypatch.undo()
     again, told_again = run('broken')
