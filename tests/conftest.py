@@ -51,6 +51,16 @@ def clothing(shared_data, tmp_path_factory):
     return unpacked('clothing', shared_data, tmp_path_factory)
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    "Small nets are slower on two, and much slower beside other work"
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture
 def drawn(tmp_path):
     "A fresh small data set of drawn photos: (data_path, label_path, label_encoding)"

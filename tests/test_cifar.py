@@ -21,13 +21,7 @@ spec.loader.exec_module(cifar)
 classes = 'bird', 'cat', 'ship'
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Nets this small are slower on two, and much slower beside other work"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

@@ -25,13 +25,7 @@ from resnet_fastai.training import Checkpoint, LossError, read_checkpoint
 settings = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=4, patience=0, min_delta=10, num_workers=0)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    "So small a network is quickest on one, and other processes may need the rest"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')
