@@ -509,7 +509,7 @@ class Checkpoint(Callback):
 
     def files(self): return sorted(self.folder.glob('checkpoint-*.pt'))
     def newest(self): return next(iter(self.files()[::-1]), None)
-    def advice(self): return f"stopped; {self.newest()} holds the run; go on with fit(epochs, resume=True)"
+    def advice(self): return f"stopped; {self.newest()} holds the run; go on with fit(epochs, resume=True), or learn.resume(epochs)"
 
 # %% ../nbs/04_training.ipynb #f8f00ae9
 @patch
@@ -605,8 +605,8 @@ def claim(self:Checkpoint):
 @patch
 def _make(self:Checkpoint):
     if self.newest():
-        raise DataError(f"{self.folder} holds a run already, up to {self.newest().name}; go on with it by fit(epochs, resume=True), "
-                        "or name another folder")
+        raise DataError(f"{self.folder} holds a run already, up to {self.newest().name}; go on with it by fit(epochs, resume=True) "
+                        "or learn.resume(epochs), or name another folder")
     with self._plainly():
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder/'.probe') as part: part.write_bytes(b'')
@@ -756,7 +756,7 @@ def resume(self:ResumableLearner,
 
 # %% ../nbs/04_training.ipynb #bcf101b9
 def resnet_learner(
-    dls:DataLoaders, # Made by `resnet_dls`
+    dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos, classes and a `vocab`
     arch:str='resnet50', # A name that `build_net` knows
     bs:int=256, # Photos in an update
     lr:float|None=None, # Initial learning rate; None: .1 at bs=256, and in proportion
@@ -777,7 +777,7 @@ def resnet_learner(
     precision = precision or fast_precision(device)
     if precision not in ('fp32', 'bf16', 'fp16'): raise DataError(f"precision is {precision!r}; it must be 'fp32', 'bf16' or 'fp16'")
     if channels_last is None: channels_last = device.type == 'cpu' or precision != 'fp32'
-    metrics = [top1_error] + ([top5_error] if len(dls.labels) > 5 else [])
+    metrics = [top1_error] + ([top5_error] if len(getattr(dls, 'labels', dls.vocab)) > 5 else [])
     cbs = [Accumulate(bs), schedule or PlateauLR(patience=patience, min_delta=min_delta), History(), FiniteLoss(), *L(cbs)]
     if precision != 'fp32' or channels_last: cbs.append(Precision(precision, channels_last))
     net = build_net(arch, n_out=len(dls.vocab), **kwargs)

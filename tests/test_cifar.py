@@ -19,8 +19,6 @@ spec = importlib.util.spec_from_file_location('cifar10_script', tutorials/'cifar
 cifar = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cifar)
 classes = 'bird', 'cat', 'ship'
-
-
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 

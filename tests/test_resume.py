@@ -14,17 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import FuncSplitter
 from fastai.learner import Learner
+from fastai.torch_core import set_seed
+from fastai.vision.augment import Resize
+from fastai.vision.data import ImageBlock
 
 from kill_and_resume import result, same
 from resnet_fastai import training
 from resnet_fastai.core import ResNet, train
-from resnet_fastai.data import DataError, demo_data
-from resnet_fastai.training import Checkpoint, LossError, read_checkpoint
+from resnet_fastai.data import DataError, LabelMap, demo_data, list_photos
+from resnet_fastai.training import Checkpoint, LossError, read_checkpoint, resnet_learner
 
 settings = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=4, patience=0, min_delta=10, num_workers=0)
-
-
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -389,3 +392,25 @@ def test_a_look_at_the_learner_writes_nothing(photos, tmp_path):
     m = model(photos, tmp_path/'run')
     with m.learn.no_bar(): m.learn.validate(); m.learn.get_preds()
     assert not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('workers, how', [(0, 'crop'), (2, 'squish')])           # in processes a random crop goes by what was drawn before it
+def test_over_a_data_block_of_the_users_own(photos, tmp_path, workers, how):
+    label = LabelMap(photos.label_path, photos.label_encoding)
+
+    def fitted(folder, *cbs):
+        set_seed(1)
+        block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda root: list_photos(root/'train') + list_photos(root/'val'), get_y=label,
+                          splitter=FuncSplitter(lambda p: p.parent.name == 'val'), item_tfms=Resize(32, how))
+        dls = block.dataloaders(photos.data_path, bs=8, num_workers=workers)
+        for dl in dls.loaders: dl.rng.seed(5)
+        learn = resnet_learner(dls, 'cifar_resnet8', bs=8, lr=.01, precision='fp32', cbs=[Checkpoint(folder), *cbs])
+        with learn.no_bar(), learn.no_logging(): learn.resume(3)
+        return learn
+
+    whole = fitted(tmp_path/'whole')
+    assert whole.recorder.metric_names[-2:] == ['top5_error', 'time']           # of eight classes
+    with pytest.raises(KeyboardInterrupt, match=r'learn\.resume'): fitted(tmp_path/'broken', At(8, ctrl_c))
+    again = fitted(tmp_path/'broken')
+    for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()): assert torch.equal(a, b)
+    assert [r['valid_loss'] for r in whole.history.rows] == [r['valid_loss'] for r in again.history.rows]
