@@ -81,6 +81,15 @@ def _end(text, code):
     raise typer.Exit(code) from None
 
 @contextmanager
+def _at_sigterm(do):
+    "What SIGTERM does meanwhile"
+    mine = threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGTERM, do) if mine else None
+    try: yield
+    finally:
+        if mine: signal.signal(signal.SIGTERM, old)
+
+@contextmanager
 def answering(
     as_json:bool, # The answer as JSON?
     log:bool=False, # Does progress belong to the answer's text?
@@ -89,7 +98,7 @@ def answering(
     out, aside = sys.stdout, sys.stdout if log and not as_json else sys.stderr
     def answer(obj, text): print(json.dumps(obj, indent=1, default=str) if as_json else text, file=out, flush=True)
     try:
-        with redirect_stdout(aside if aside.isatty() else LogStream(aside)): yield answer
+        with _at_sigterm(signal.default_int_handler), redirect_stdout(aside if aside.isatty() else LogStream(aside)): yield answer
     except KeyboardInterrupt as e: _end(e if e.args else 'stopped', 130)
     except BrokenPipeError: raise                             # `| head` has seen enough
     except OSError as e: _end(f"error: {f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", 1)
@@ -124,17 +133,13 @@ def stoppable(
     def stop(*_):
         if learn.stopping: raise KeyboardInterrupt            # the second time, at once
         learn.stopping = True
-    mine = threading.current_thread() is threading.main_thread()
-    old = signal.signal(signal.SIGTERM, stop) if mine else None
     try:
-        yield
+        with _at_sigterm(stop): yield
         if learn.stopping: raise KeyboardInterrupt            # in a background job, which Ctrl-C does not reach, the fit just ends
     except KeyboardInterrupt:
         newest = learn.checkpoint.newest()
         raise KeyboardInterrupt(f"stopped; {newest} holds the run; go on with: {go_on}" if newest else
                                 f"stopped before there was a checkpoint; begin again with: {go_on}") from None
-    finally:
-        if mine: signal.signal(signal.SIGTERM, old)
 
 # %% ../nbs/07_cli.ipynb #e9631ec7
 demo_args = dict(size=64, bs=16, patience=1, min_delta=.1, num_workers=0, net_args=dict(zero_init_residual=True))
@@ -162,9 +167,11 @@ def demo(
     "Draw photos, train a ResNet-50 on them, and predict with 50 crops: a few minutes on a CPU.\n\nExample: resnet-fastai demo"
     with answering(as_json, log=True) as answer:
         from resnet_fastai.core import ResNet, plot_predictions
-        from resnet_fastai.data import demo_data
+        from resnet_fastai.data import DataError, demo_data
         from resnet_fastai.inference import evaluate
         from resnet_fastai.training import plot_history
+        if folder.exists() and not (folder/'photos'/'encoding.json').exists() and any(p.name[0] != '.' for p in folder.iterdir()):
+            raise DataError(f'{folder} holds other things than a demo; name a new folder')
         model = ResNet(*demo_data(folder/'photos'), arch=arch, **demo_args, cbs=_on_stop(folder/'stopped'))
         with stoppable(model.learn, f'resnet-fastai demo {shlex.quote(str(folder))} --epochs {epochs} --arch {arch}'):
             model.fit(epochs, resume=True)
@@ -214,6 +221,7 @@ def stats(
         from resnet_fastai.augment import ColorStats
         from resnet_fastai.data import DataError, list_photos, resolve_data
         if save and save.exists(): raise DataError(f'{save} exists already; name a new file with --save')
+        if save and not save.parent.is_dir(): raise DataError(f'{save.parent} is not a folder; name a file in a folder that exists with --save')
         root = resolve_data(data_path)
         found = ColorStats.fit(list_photos(root/'train' if (root/'train').is_dir() else root))
         if save: found.save(save)
@@ -230,13 +238,15 @@ def _is_of(model, run):
 
 def _refuse_taken(model, run):
     from resnet_fastai.data import DataError
-    taken = any((model/name).exists() for name in ('config.json', 'model.safetensors'))
-    if taken and not _is_of(model, run): raise DataError(f'{model} holds a model already; name a new folder with --model')
+    holds = 'a model' if any((model/name).exists() for name in ('config.json', 'model.safetensors')) else 'other things'
+    if not model.name or (model.exists() and not model.is_dir()): raise DataError(f'{model} cannot be a new folder; name one with --model')
+    if model.exists() and any(model.iterdir()) and not _is_of(model, run): raise DataError(f'{model} holds {holds} already; name a new folder with --model')
 
 def _save(net, model):
     "Put a model in its place, the first one all at once"
     if model.exists() and any(model.iterdir()): return net.save(model, overwrite=True)
     net.save(part := model.with_name(f'.{model.name}.part'), overwrite=True)
+    if model.exists(): model.rmdir()                          # Windows replaces no folder
     part.replace(model)
 
 # %% ../nbs/07_cli.ipynb #4d8305f0
@@ -293,6 +303,7 @@ def _train(
     folders: Annotated[bool, typer.Option('--folders', help='The photos lie in train/CLASS/ and val/CLASS/; no label files')] = False,
     epochs: Annotated[int, typer.Option(min=1, help='Passes over the training photos')] = 5,
     arch: Annotated[str, typer.Option(help='The network: resnet18 to resnet152, plain34, cifar_resnet20 …')] = 'resnet50',
+    n_out: Annotated[Optional[int], typer.Option(min=1, help="Outputs of the network, more than the largest index; without it ImageNet's 1000")] = None,
     size: Annotated[int, typer.Option(min=1, help='Side of the crop, pixels')] = 224,
     bs: Annotated[int, typer.Option(min=1, help='Photos in an update')] = 256,
     micro_bs: Annotated[int, typer.Option(min=1, help='Photos that go through the network at a time; fewer need less memory')] = 32,
@@ -323,15 +334,19 @@ def _begin(args, run, model, folders):
     from resnet_fastai.data import DataError, from_folders, resolve_data, write_json
     _alone()
     _refuse_taken(model, run)
-    if (run/'args.json').exists() or any(run.glob('checkpoint-*')):
+    if (run/'args.json').exists():
         raise DataError(f'{run} holds a run already; go on with: resnet-fastai resume {shlex.quote(str(run))}, or name a new folder with --run')
-    if folders: args.update(_kept(from_folders(resolve_data(args['data_path']), run/'data')._asdict()))
+    if run.exists() and (not run.is_dir() or any(run.iterdir())): raise DataError(f'{run} is no empty folder; name a new one with --run')
     try:
-        net = _ready(args, run)
+        if folders: args.update(_kept(from_folders(resolve_data(args['data_path']), run/'data')._asdict()))
         run.mkdir(parents=True, exist_ok=True)
+        write_json(run/'args.json', args)                                         # from here on a run that was killed can be resumed
+        net = _ready(args, run)
         write_json(run/'args.json', args | dict(precision=net.learn.spec.get('precision', 'fp32')))      # also where the run moves to
     except BaseException:
-        if folders: shutil.rmtree(run/'data', ignore_errors=True)                # links, of our own
+        shutil.rmtree(run/'data', ignore_errors=True)                            # links, of our own
+        (run/'args.json').unlink(missing_ok=True)
+        with suppress(OSError): run.rmdir()
         raise
     return net
 
@@ -354,6 +369,7 @@ def resume(
         args |= {k: v for k,v in _kept(dict(epochs=epochs, model=model)).items() if v is not None}
         _refuse_taken(Path(args['model']), run)
         net = _ready(args, run)
+        net.learn.checkpoint.find()                           # or its complaint, and nothing has been changed
         write_json(run/'args.json', args)
         _fit(net, args, run, answer)
 
@@ -405,7 +421,7 @@ def _predict(
     model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
     photos: Annotated[list[Path], typer.Argument(help='Photos, or folders of photos')],
     n: Annotated[int, typer.Option('--n', min=1, help='How many labels for each photo')] = 1,
-    to: Annotated[Optional[Path], typer.Option('--csv', help='A file for the answers: id, label_1, prob_1, …, error')] = None,
+    to: Annotated[Optional[Path], typer.Option('--csv', help='A file for the answers: id, label_1, prob_1, …, error; begun, or gone on with')] = None,
     as_json: Json = False,
 ):
     """Name what is on photos: a line a label, its probability over 50 crops first.

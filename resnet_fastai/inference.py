@@ -20,6 +20,7 @@ import json
 import os
 import threading
 import time
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -180,8 +181,8 @@ def fold_bn(
              and seen.alone(c) and seen.alone(b)]
     for conv,bn in pairs:
         args = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-        w,b = fuse_conv_bn_weights(*[a.double() if isinstance(a, torch.Tensor) else a for a in args])
-        conv.weight, conv.bias = (nn.Parameter(p.detach().float(), requires_grad=False) for p in (w, b))
+        w,b = fuse_conv_bn_weights(*[a.cpu().double() if isinstance(a, torch.Tensor) else a for a in args])     # Apple's GPUs have no 64 bits
+        conv.weight, conv.bias = (nn.Parameter(p.detach().float().to(conv.weight.device), requires_grad=False) for p in (w, b))
     gone = {bn for _,bn in pairs}
     for m in list(net.modules()):
         for name,child in list(m.named_children()):
@@ -496,7 +497,7 @@ def _dense_answers(parts, photos, average, precision, num_workers, skip):
         except skip as e: return e
     for x in ahead(load, photos, num_workers):
         if isinstance(x, Exception): yield x; continue
-        found = torch.cat([dense(one).double().softmax(1).mean(2).cpu() for one in x])
+        found = torch.cat([dense(one).cpu().double().softmax(1).mean(2) for one in x])
         yield average_looks(found.log(), torch.full((1, len(found)), 1/len(found), dtype=torch.float64), average)
 
 # %% ../nbs/05_inference.ipynb #0470fa04
@@ -551,43 +552,61 @@ def _errors(probs, targ):
     return found
 
 # %% ../nbs/05_inference.ipynb #1a32573c
+def _line(row):
+    "A row as CSV; names in the disk's bytes, what is neither these nor Unicode with escapes"
+    csv.writer(text := io.StringIO(), lineterminator='\r\n').writerow(row)
+    line = text.getvalue()[:-2] + '\n'                                           # with '\r\n' given, a name with either of them is quoted
+    try: return line.encode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError: return line.encode('utf-8', 'backslashreplace')
+
 class Rows:
-    "A CSV file that grows in blocks, and a JSON file beside it that knows how long it is"
+    "A CSV file that grows in blocks, and a JSON file beside it that knows what is in it and which block comes last"
     def __init__(self,
         dest:str|Path, # The CSV file; made, or gone on with
         columns:list, # Its header
         what:dict, # What its rows come from; another run's rows are refused
     ):
-        self.dest, self.beside, self.what = Path(dest), Path(f'{dest}.run.json'), what
-        if self.beside.exists(): return self._go_on(columns)
-        if self.dest.exists(): raise DataError(f"{dest} exists and is not ours to go on with; name another file, or move it away")
+        self.dest, self.beside, self.what, self.length, self.sum = Path(dest), Path(f'{dest}.run.json'), what, 0, 0
+        if self.dest.exists() and not self.beside.exists():
+            raise DataError(f"{dest} exists and is not ours to go on with; name another file, or move it away")
         self.dest.parent.mkdir(parents=True, exist_ok=True)
-        self._begin(columns)
+        if self.dest.exists(): self._go_on()
+        else: self._append(_line(columns))
 
-    def _begin(self, columns):
-        self._note(0)                                                         # first, or a kill would leave a file that nobody knows
-        self.dest.write_bytes(b'')
-        self.add([columns])
+    def _append(self, block):
+        then = block.decode('utf-8', 'surrogateescape')
+        write_json(self.beside, dict(what=self.what, bytes=self.length, sum=self.sum, then=then))      # first: a kill leaves nothing that nobody knows
+        self._write(block, block)
 
-    def _note(self, length):
-        self.length = length
-        write_json(self.beside, dict(what=self.what, bytes=length))
+    def _write(self, rest, block):
+        with open(self.dest, 'ab') as f: f.write(rest); f.flush(); os.fsync(f.fileno())
+        self.length, self.sum = self.length + len(block), zlib.crc32(block, self.sum)
 
-    def _go_on(self, columns):
-        try: was, self.length = (kept := json.loads(self.beside.read_text(encoding='utf-8')))['what'], kept['bytes']
-        except (ValueError, KeyError, TypeError): raise DataError(f"{self.beside} is damaged; move it and {self.dest} away") from None
-        if not self.dest.exists() or not self.length: return self._begin(columns)
+    def _go_on(self):
+        try:
+            kept = json.loads(self.beside.read_text(encoding='utf-8'))
+            was, self.length, self.sum, then = kept['what'], int(kept['bytes']), kept['sum'], kept['then'].encode('utf-8', 'surrogateescape')
+        except (ValueError, KeyError, TypeError, AttributeError): raise DataError(f"{self.beside} is damaged; move it and {self.dest} away") from None
         if other := [k for k in self.what if was.get(k) != self.what[k]]:
             raise DataError(f"{self.dest} was begun with another {' and another '.join(other)}; name another file, or move it away")
-        if self.dest.stat().st_size < self.length: raise DataError(f"{self.dest} has become shorter; name another file, or move it away")
-        with open(self.dest, 'rb+') as f: f.truncate(self.length)             # what a kill left of a block
+        begun = self._last(len(then))
+        if begun is None or not then.startswith(begun): raise self._changed()
+        self._write(then[len(begun):], then)                                      # what a kill has left out of the last block
+
+    def _last(self, n):
+        "What the file holds of its last block; None where what comes before has been changed"
+        with open(self.dest, 'rb') as f:
+            left, found = self.length, 0
+            while left and (some := f.read(min(left, 1 << 20))): left, found = left - len(some), zlib.crc32(some, found)
+            return f.read(n + 1) if (left, found) == (0, self.sum) else None
+
+    def _changed(self):
+        return DataError(f"{self.dest} is not as it was left: somebody has changed it; name another file, or move it away")
 
     def add(self, rows):
         "Write a block of rows; when this returns, they are safe"
-        csv.writer(text := io.StringIO(), lineterminator='\n').writerows(rows)
-        block = text.getvalue().encode('utf-8', 'surrogateescape')
-        with open(self.dest, 'ab') as f: f.write(block); f.flush(); os.fsync(f.fileno())
-        self._note(self.length + len(block))
+        if self.dest.stat().st_size != self.length: raise self._changed()        # by the same command, started twice, for example
+        self._append(b''.join(map(_line, rows)))
 
     def ids(self):
         "The first column, without the header"
@@ -624,22 +643,23 @@ def _write_parquet(rows, dest, n, block=10_000):
 
 # %% ../nbs/05_inference.ipynb #f01f4427
 def _named_photos(photos):
-    "Ids and paths: all photos below a folder, or those of a list"
+    "All photos below a folder, or those of a list; what makes an id of one; the folder that the ids are seen from"
     if isinstance(photos, (str, Path)):
         if not Path(photos).is_dir(): raise DataError(f"{photos} is not a folder; pass a folder of photos, or a list of paths")
         root, paths = os.path.join(photos, ''), list_photos(photos)
         if not paths: raise DataError(f"{photos} holds no photos (looked for .jpg, .png and so on, to the bottom)")
         below = lambda p: Path(os.path.relpath(p, root)).as_posix()
-        return PhotoList(photos, [os.fsencode(below(p)) for p in paths]), below
+        return PhotoList(photos, [os.fsencode(below(p)) for p in paths]), below, os.path.abspath(photos)
     photos = photos if isinstance(photos, PhotoList) else list(photos)
     if (wrong := next((p for p in photos if not isinstance(p, (str, Path))), None)) is not None:
         raise DataError(f"{wrong!r:.80} is not a path; pass a folder, or a list of paths")
-    return photos, str
+    texts = photos.texts() if isinstance(photos, PhotoList) else photos
+    return photos, str, None if all(map(os.path.isabs, texts)) else os.getcwd()
 
-def _origin(model, parts, n, protocol):
+def _origin(parts, n, protocol, folder):
     "What the rows of a file depend on, as JSON holds it"
     labels = hashlib.sha256(json.dumps([sorted(parts.labels.encoding.items()), parts.stats.as_dict(), parts.size]).encode()).hexdigest()
-    return {'model': [fingerprint(_bare(parts.net)), labels], 'n': n, 'protocol': protocol}
+    return {'model': [fingerprint(_bare(parts.net)), labels], 'n': n, 'protocol': protocol, 'folder': folder}
 
 # %% ../nbs/05_inference.ipynb #3357f3c6
 def predict_folder(
@@ -652,7 +672,7 @@ def predict_folder(
     num_workers:int|None=None, # Threads that decode photos; None: one a core
     bs:int|None=None, # Crops that go through the network at a time; None: as many as suit the hardware
 ) -> pd.DataFrame: # id, label_1, prob_1, …, error: why a photo cannot be read, '' for the others
-    "The likeliest labels of every photo; called again with the same `dest`, it goes on where it was"
+    "The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too)"
     parts = _parts(model)
     _one_of('protocol', protocol, protocols)
     if type(n) is not int or not 1 <= n <= (known := len(parts.labels)):
@@ -660,14 +680,16 @@ def predict_folder(
     untrained = isinstance(history := getattr(model, 'history', None), pd.DataFrame) and history.empty
     if untrained and 'origin' not in getattr(getattr(model, 'trained', None), 'training', {}):
         raise DataError("this model has not been trained; call fit() first, or load a saved model")
-    photos,name = _named_photos(photos)
-    rows = _open_rows(dest, n, _origin(model, parts, n, protocol)) if dest is not None else None
+    photos,name,folder = _named_photos(photos)
+    rows = _open_rows(dest, n, _origin(parts, n, protocol, folder)) if dest is not None else None
     done = rows.ids() if rows else set()
     todo = [i for i in range(len(photos)) if name(photos[i]) not in done] if done else range(len(photos))
     some = _work(parts, photos, todo, name, n, (protocol, precision, num_workers, bs), rows) if todo else []
     if rows is None: return _table(some, n)
-    if str(dest).endswith('.parquet') and (todo or not Path(dest).exists()): _write_parquet(rows.dest, dest, n)
+    if str(dest).endswith('.parquet') and not _newer(dest, rows.dest): _write_parquet(rows.dest, dest, n)
     return _table(rows.dest, n)
+
+def _newer(a, b): return os.path.exists(a) and os.stat(a).st_mtime_ns > os.stat(b).st_mtime_ns
 
 def _open_rows(dest, n, what):
     suffix = Path(dest).suffix
@@ -690,7 +712,7 @@ def _work(parts, photos, todo, name, n, how, rows, block=200, seconds=20):
         for k,(probs,i) in enumerate(zip(bar, todo), 1):                        # the bar first: it is to see its end
             some.append(_row(name(photos[i]), probs, known, n))
             bar.comment = f'{k/(time.perf_counter() - start):.1f} photos/s'
-            if rows and (len(some) >= block or time.perf_counter() - saved > seconds): rows.add(some); some, saved = [], time.perf_counter()
+            if rows and (len(some) >= block or time.perf_counter() - saved > seconds): some, full, saved = [], some, time.perf_counter(); rows.add(full)
     finally:
         if rows and some: rows.add(some)
     return some

@@ -9,6 +9,7 @@ __all__ = ['ready', 'top_labels', 'show_prediction', 'show_crops', 'grad_cam', '
            'interpretation']
 
 # %% ../nbs/05c_look.ipynb #7f3802b9
+import os
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -55,10 +56,12 @@ def _say(label, most=24):
     text = ' '.join(str(label).split())
     return (text if len(text) <= most else text[:most-1] + '…').replace('$', r'\$')
 
-def _known(labels, photo):
-    "The label that a file is known to have; None where nobody knows"
-    if not isinstance(photo, (str, Path)): return None
-    return getattr(photo, 'label', None) or labels.labels.get(labels.find_id(photo))
+def _known(model, photo):
+    "The label that one of the model's own photos has; None where nobody knows"
+    dls, label = getattr(getattr(model, 'learn', model), 'dls', None), getattr(photo, 'label', None)
+    if label or dls is None or not isinstance(photo, (str, Path)): return label
+    ours = Path(os.path.abspath(photo)).is_relative_to(os.path.abspath(dls.path))     # a photo of another folder may have the same name
+    return dls.labels.labels.get(dls.labels.find_id(photo)) if ours else None
 
 def _told(label, known):
     "What a photo is taken for, and whether it is that"
@@ -91,7 +94,7 @@ def show_prediction(
     for ax in axs.flat[2*len(photos):]: ax.axis('off')
     for p,prob,(left,right) in zip(photos, probs, axs.reshape(-1, 2)):
         left.imshow(open_photo(p)); left.axis('off')
-        _bars(right, top_labels(prob, t.labels, n), _known(t.labels, p))
+        _bars(right, top_labels(prob, t.labels, n), _known(model, p))
     return fig
 
 # %% ../nbs/05c_look.ipynb #4adb4355
@@ -113,7 +116,7 @@ def show_crops(
     crops = cut_looks(img, places, t.size)
     probs = crop_probs(t.net, crops, t.stats, bs=batch_size(t.net, t.size), precision=None).double().numpy()
     tops, (best,p) = [top_labels(q, t.labels, 1)[0] for q in probs], top_labels(probs.mean(0), t.labels, 1)[0]
-    agree, known = [label == best for label,_ in tops], _known(t.labels, photo)
+    agree, known = [label == best for label,_ in tops], _known(model, photo)
     fig,axs = plt.subplots(5, 10, figsize=(7.2, 5.2), dpi=90, layout='constrained')
     for ax,crop,top,a in zip(axs.flat, crops, tops, agree): _draw_crop(ax, crop, *top, a)
     for ax,place,mean in zip(axs[:,0], places[::10], probs[:,t.labels.encoding[best]].reshape(5, 10).mean(1)):

@@ -166,6 +166,7 @@ complaints = {
     'stats of nothing': (['stats', 'empty'], 'photos'),
     'stats of no folder': (['stats', 'nowhere'], "'nowhere' is not a folder"),
     'stats over a file': (['stats', 'photos', '--save', 'text.txt'], 'text.txt exists already'),
+    'stats to nowhere': (['stats', 'photos', '--save', 'nowhere/s.json'], 'nowhere is not a folder'),
     'train on nothing': (['train', 'nowhere', *labelled[1:], *new], "nowhere' is not a folder"),
     'train by swapped files': (['train', 'photos', *labelled[:0:-1], *new], 'labels.json'),
     'an unknown network': (['train', *labelled, *new, '--arch', 'vgg16'], "there is no network 'vgg16'"),
@@ -174,6 +175,12 @@ complaints = {
     'no class folders': (['train', 'photos', *new, '--folders'], 'photos'),
     'a model that is there': (['train', *labelled, '--model', 'untouched', '--run', 'fresh-run'], 'untouched holds a model already'),
     'a run that is there': (['train', *labelled, *new, '--run', 'untouched-run'], 'go on with: resnet-fastai resume untouched-run'),
+    'a model over a file': (['train', *labelled, '--model', 'text.txt', '--run', 'fresh-run'], 'text.txt cannot be a new folder'),
+    'a model right here': (['train', *labelled, '--model', '.', '--run', 'fresh-run'], '. cannot be a new folder'),
+    'a model among other files': (['train', *labelled, '--model', 'precious'], 'precious holds other things already'),
+    'a run among other files': (['train', *labelled, *new, '--run', 'precious'], 'precious is no empty folder'),
+    'a demo among other files': (['demo', 'precious'], 'precious holds other things than a demo'),
+    'an index too large': (['train', *labelled, *new, '--n-out', '7'], 'does not fit in 7 outputs'),
     'resume nothing': (['resume', 'empty'], 'empty holds no run'),
     'resume to the model of another': (['resume', 'untouched-run', '--model', 'foreign'], 'foreign holds a model already'),
     'no model': (['predict', 'empty', 'a.jpg'], 'empty'),
@@ -190,6 +197,8 @@ def test_a_complaint_is_a_sentence(shell, untouched, what):
     f = shell.folder
     (f/'empty').mkdir(exist_ok=True)
     (f/'text.txt').write_text('hello')
+    (f/'precious').mkdir(exist_ok=True)
+    for name in ('README.md', 'best.pt', 'history.csv', 'curves.png'): (f/'precious'/name).write_text('mine')
     if not (f/'foreign').exists():
         (f/'foreign').mkdir()
         for p in untouched.iterdir(): (f/'foreign'/p.name).write_bytes(p.read_bytes())
@@ -200,7 +209,7 @@ def test_a_complaint_is_a_sentence(shell, untouched, what):
     was = {p: p.stat().st_mtime_ns for p in f.rglob('*') if p.name not in ('out', 'err')}
     refused(shell(*args), said)
     assert {p: p.stat().st_mtime_ns for p in f.rglob('*') if p.name not in ('out', 'err')} == was or what == 'no class folders'
-    assert not (f/'fresh').exists() and not (f/'fresh-run'/'data').exists()
+    assert not (f/'fresh').exists() and not (f/'fresh-run').exists()
 
 
 def test_check_says_by_its_exit_code(shell, edit, tmp_path):
@@ -334,15 +343,16 @@ def test_killed_before_the_first_checkpoint(shell, untouched):
     resumed(shell, run, untouched)
 
 
-def test_stopped_before_there_is_a_run(shell, tmp_path):
-    "Ctrl-C while the labels are read, from a pipe that gives none"
+@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_there_is_a_run(shell, tmp_path, sig):
+    "While the labels are read, from a pipe that gives none"
     os.mkfifo(tmp_path/'labels.json')
     shell.start('train', 'photos', str(tmp_path/'labels.json'), labelled[2], '--model', 'never', *small)
     def being_read():
         try: return os.open(tmp_path/'labels.json', os.O_WRONLY | os.O_NONBLOCK)
         except OSError: return False                              # nobody reads yet
     until(being_read)
-    os.kill(shell.pid, signal.SIGINT)
+    os.kill(shell.pid, sig)
     done = shell.wait()
     assert (done.code, done.out, done.err) == (130, '', 'stopped\n') and not list(shell.folder.glob('never*')), done
 
@@ -358,6 +368,23 @@ def test_the_model_of_a_finished_run(shell, untouched, tmp_path):
     assert shell('resume', 'mine-run', '--epochs', '4').code == 0 and epochs(f/'mine') == 4 and json.loads((run/'args.json').read_text())['epochs'] == 4
     assert shell('resume', 'mine-run', '--epochs', '5', '--model', str(tmp_path/'longer')).code == 0
     assert epochs(tmp_path/'longer') == 5 and epochs(f/'mine') == 4
+
+
+def test_a_refused_resume_changes_nothing(shell, untouched, tmp_path):
+    from shutil import copytree
+    copytree(shell.folder/'photos', tmp_path/'photos'); copytree(shell.folder/'untouched-run', tmp_path/'run')
+    args = json.loads((tmp_path/'run'/'args.json').read_text())
+    (tmp_path/'run'/'args.json').write_text(json.dumps(args | dict(data_path=str(tmp_path/'photos'))))
+    next((tmp_path/'photos'/'train').iterdir()).unlink()
+    was = {p: p.read_bytes() for p in (tmp_path/'run').iterdir()}
+    refused(shell('resume', str(tmp_path/'run'), '--epochs', '7', '--model', str(tmp_path/'m')), 'photos')
+    assert {p: p.read_bytes() for p in (tmp_path/'run').iterdir()} == was and not (tmp_path/'m').exists()
+
+
+def test_an_empty_folder_is_a_place_for_a_model(shell, tmp_path):
+    (tmp_path/'m').mkdir(); (tmp_path/'r').mkdir()
+    done = shell('train', *labelled, '--model', str(tmp_path/'m'), '--run', str(tmp_path/'r'), *small, '--epochs', '1', '--n-out', '1005')
+    assert done.code == 0 and json.loads((tmp_path/'m'/'config.json').read_text())['n_out'] == 1005, done
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{}', '{"epochs": 3}', 'null'])
@@ -378,6 +405,10 @@ def test_class_folders(shell, tmp_path):
     assert done.code == 0, done
     assert shell('resume', 'm-run', '--epochs', '2', cwd=tmp_path).code == 0 and epochs(tmp_path/'m') == 2
     assert sorted(p.relative_to(tmp_path) for p in (tmp_path/'classes').rglob('*')) == was
+    shell.start('train', 'classes', '--folders', '--model', 'k', *small, '--epochs', '1', cwd=tmp_path)      # killed as soon as there is anything
+    until(lambda: (tmp_path/'k-run'/'args.json').exists())
+    os.kill(shell.pid, signal.SIGKILL)
+    assert shell.wait().code == -9 and shell('resume', 'k-run', cwd=tmp_path).code == 0 and epochs(tmp_path/'k') == 1
     refused(shell('train', 'classes', '--folders', '--model', 'n', *small, '--arch', 'vgg', cwd=tmp_path), 'vgg')
     assert not (tmp_path/'n-run'/'data').exists()
 

@@ -258,6 +258,12 @@ def test_parquet(model, folder, tmp_path, monkeypatch):
         assert not list(tmp_path.glob('a.*'))
     found = predict_folder(model, folder, tmp_path/'a.parquet', n=2)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path/'a.parquet'), found, check_dtype=False)
+    a_photo(seed=98).save(folder/'zz.jpg')
+    with monkeypatch.context() as m:                                                           # rows are there, and the Parquet file is not made of them
+        m.setattr(inference, '_write_parquet', lambda *a: (_ for _ in ()).throw(OSError('no room')))
+        with pytest.raises(OSError, match='no room'): predict_folder(model, folder, tmp_path/'a.parquet', n=2)
+    found = predict_folder(model, folder, tmp_path/'a.parquet', n=2)
+    assert len(found) == len(pd.read_parquet(tmp_path/'a.parquet')) and 'zz.jpg' in {*found.id}
 
 
 killed = """
@@ -283,9 +289,37 @@ def test_killed_and_gone_on(model, folder, tmp_path):
         while p.poll() is None and rows() < 4 and time.time() - start < 120: time.sleep(.01)
         p.kill()
     assert p.returncode == -signal.SIGKILL and 4 <= rows() < len(whole)
-    with open(dest, 'ab') as f: f.write(b'half a ro')                                          # as a kill in the middle of a write leaves it
+    os.truncate(dest, dest.stat().st_size - 3)                                                 # as a kill in the middle of a write leaves it
     asked, ask = [], inference.open_photo
     inference.open_photo = lambda photo: asked.append(photo) or ask(photo)
     try: pd.testing.assert_frame_equal(predict_folder(model, folder, dest, n=2, precision='fp32'), whole, atol=1e-6, rtol=0)
     finally: inference.open_photo = ask
-    assert 0 < len(asked) <= len(whole) - 2                                                    # only a last block of two, written and not yet noted, is done again
+    assert 0 < len(asked) <= len(whole) - 4                                                    # no photo is done again whose row was on its way
+
+
+def test_the_same_names_elsewhere_are_other_photos(model, folder, tmp_path, monkeypatch):
+    here, elsewhere, names = folder/'a', tmp_path/'elsewhere', ['1.jpg', '3.jpg']
+    elsewhere.mkdir()
+    for i,p in enumerate(here.iterdir()): a_photo(seed=100 + i).save(elsewhere/p.name)
+    predict_folder(model, here, tmp_path/'a.csv', n=1)
+    with pytest.raises(DataError, match='begun with another folder'): predict_folder(model, elsewhere, tmp_path/'a.csv', n=1)
+    monkeypatch.chdir(here)
+    predict_folder(model, [here/n for n in names], tmp_path/'b.csv', n=1); predict_folder(model, names, tmp_path/'c.csv', n=1)
+    monkeypatch.chdir(elsewhere)
+    predict_folder(model, [here/n for n in names], tmp_path/'b.csv', n=1)                      # whole paths mean the same everywhere
+    with pytest.raises(DataError, match='begun with another folder'): predict_folder(model, names, tmp_path/'c.csv', n=1)
+
+
+def test_a_file_that_two_fill_is_refused(tmp_path):
+    first = inference.Rows(tmp_path/'a.csv', ['id', 'label'], {})
+    first.add([['a', 'x']])
+    second = inference.Rows(tmp_path/'a.csv', ['id', 'label'], {})
+    second.add([['b', 'x']])
+    with pytest.raises(DataError, match='not as it was left'): first.add([['b', 'x']])
+    assert inference.Rows(tmp_path/'a.csv', ['id', 'label'], {}).ids() == {'a', 'b'}
+
+
+def test_labels_that_are_no_unicode_are_written_as_escapes(tmp_path):
+    rows = inference.Rows(tmp_path/'a.csv', ['id', 'label'], {})
+    rows.add([['a', '\ud800 x'], [os.fsdecode(b'\xff'), 'y']])
+    assert (tmp_path/'a.csv').read_bytes().splitlines()[1:] == [b'a,\\ud800 x', b'\xff,y'] and rows.ids() == {'a', os.fsdecode(b'\xff')}

@@ -1,6 +1,7 @@
 "What is drawn holds the numbers that predictions give; maps and matrices are those worked out by hand; nothing is changed by looking."
 import copy
 import random
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -120,7 +121,7 @@ def test_grad_cam_says_what_is_wrong(bad, says):
 def bars(fig): return [[(t.get_text(), b.get_width()) for t, b in zip(ax.get_yticklabels(), ax.patches)] for ax in fig.axes[1::2] if ax.patches]
 
 
-def test_bars_are_what_predict_n_says(model):
+def test_bars_are_what_predict_n_says(model, tmp_path):
     photos = model.learn.dls.photos['test']
     known = read_json_object(model.learn.dls.path/'labels.json')
     fig = model.show_prediction(photos, n=3)
@@ -135,6 +136,8 @@ def test_bars_are_what_predict_n_says(model):
     assert [v for _, v in plain] == pytest.approx([v for _, v in bars(fig)[0]], abs=2e-3)
     alone = show_prediction(model, np.array(open_photo(photos[0])), n=50)          # an array has no name, and there are eight labels
     assert len(bars(alone)[0]) == 8 and ', ' not in alone.axes[1].get_title('left')
+    shutil.copy(photos[0], tmp_path/Path(photos[0]).name)                          # the same name elsewhere is another photo
+    assert ', ' not in model.show_prediction(tmp_path/Path(photos[0]).name).axes[1].get_title('left')
 
 
 def test_labels_are_drawn_as_they_are_written(model, tmp_path):
