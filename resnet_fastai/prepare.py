@@ -105,7 +105,7 @@ def _open_dest(dest, root, note):
 def shrink_photos(
     data_path:str|Path, # Folder with train/, val/ and so on
     dest:str|Path, # A new folder, or one that an earlier call has begun
-    short_side:int=480, # Photos whose shorter side is longer are resized to it, pixels; 480 is all that the recipe looks at
+    short_side:int=480, # Photos whose shorter side is longer are resized to it, pixels; 480 is all that training looks at, 640 all that 50 crops do
     quality:int=95, # Of the JPEG files, 1 to 100
     num_workers:int|None=None, # Processes; None: one a core
 ) -> Path: # dest: the same names, ready to train on
