@@ -16,7 +16,7 @@ import time
 
 from benchmarks.common import arguments, photos, write
 
-command = 'from resnet_fastai.cli import main; main()'
+command = 'from resnet_fastai.practice.cli import main; main()'
 peer = '''
 import json, sys, time
 t = [time.perf_counter()]

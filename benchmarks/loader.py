@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from resnet_fastai.augment import ScaleJitterCrop
 from resnet_fastai.data import Photo, list_photos
-from resnet_fastai.prepare import shrink_photos
+from resnet_fastai.practice.prepare import shrink_photos
 
 
 def decoded(data): return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)

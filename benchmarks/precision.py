@@ -9,7 +9,7 @@ import tempfile
 
 from benchmarks.common import arguments, write
 
-from resnet_fastai.cli import demo_args
+from resnet_fastai.practice.cli import demo_args
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import demo_data
 

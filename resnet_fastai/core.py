@@ -22,11 +22,12 @@ from fastai.torch_core import default_device, num_distrib, rank_distrib, set_see
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from . import inference, look, share
+from . import inference
+from .practice import look, share
 from .data import DataError, PhotoError, resnet_dls
 from .inference import predict_probs
-from .look import ready, top_labels
-from .many import distribute
+from .practice.look import ready, top_labels
+from .practice.distributed import distribute
 from .training import Checkpoint, resnet_learner
 
 # %% ../nbs/06_core.ipynb #bc995ae3

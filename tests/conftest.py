@@ -13,7 +13,7 @@ root = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'paper(*rules): the rules of nbs/tutorials/paper.json that the test proves')
+    config.addinivalue_line('markers', 'paper(*rules): the rules of nbs/experiments/paper.json that the test proves')
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # started in a script's background, where a shell turns Ctrl-C off
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

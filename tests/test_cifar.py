@@ -14,8 +14,8 @@ from PIL import Image
 from resnet_fastai.data import DataError, PhotoError
 from resnet_fastai.training import WarmUp
 
-tutorials = Path(__file__).resolve().parent.parent/'nbs'/'tutorials'
-spec = importlib.util.spec_from_file_location('cifar10_script', tutorials/'cifar10.py')
+experiments = Path(__file__).resolve().parent.parent/'nbs'/'experiments'
+spec = importlib.util.spec_from_file_location('cifar10_script', experiments/'cifar10.py')
 cifar = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cifar)
 classes = 'bird', 'cat', 'ship'
@@ -162,7 +162,7 @@ def test_what_cannot_be_used_is_named(folder, tmp_path, capsys):
 
 
 @pytest.mark.paper('4.2-batch', '4.2-rate')
-@pytest.mark.parametrize('file', sorted((tutorials/'results').glob('*[0-9].json')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('file', sorted((experiments/'results').glob('*[0-9].json')), ids=lambda p: p.stem)
 def test_stored_results(file):
     run = Namespace(**json.loads(file.read_text()))
     assert file.stem == f'{run.kind}{run.depth}-{run.updates}-{run.seed}'

@@ -23,8 +23,8 @@ def serve():
     "Fork a process for each line of stdin, tell its number, then how it ended"
     import torch
     import resnet_fastai.core  # noqa: F401
-    import resnet_fastai.prepare  # noqa: F401
-    from resnet_fastai.cli import main
+    import resnet_fastai.practice.prepare  # noqa: F401
+    from resnet_fastai.practice.cli import main
     torch.set_num_threads(1)                                    # no threads that a fork would lack
     for line in sys.stdin:
         job = json.loads(line)
@@ -115,7 +115,7 @@ def untouched(shell):
 
 def test_help_comes_at_once_and_is_worth_reading():
     "Without torch; the commands in the order in which a person needs them"
-    code = ("import sys; from resnet_fastai.cli import main\ntry: main(['--help'])\nfinally: assert not {'torch', 'fastai', 'numpy'} & {*sys.modules}")
+    code = ("import sys; from resnet_fastai.practice.cli import main\ntry: main(['--help'])\nfinally: assert not {'torch', 'fastai', 'numpy'} & {*sys.modules}")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     listed = done.stdout.partition('Commands:')[2]
@@ -130,7 +130,7 @@ def test_each_command_has_an_example(shell):
 
 
 def test_the_defaults_are_those_of_the_library():
-    from resnet_fastai.cli import _train
+    from resnet_fastai.practice.cli import _train
     from resnet_fastai.core import ResNet
     ours, theirs = signature(_train).parameters, dict(signature(ResNet).parameters) | dict(epochs=signature(ResNet.fit).parameters['epochs'])
     told = [k for k, p in ours.items() if p.default not in (p.empty, None) and k not in ('run', 'folders', 'as_json')]
@@ -416,7 +416,7 @@ def test_class_folders(shell, tmp_path):
 def test_one_process_only(tmp_path):
     "Several that torchrun has started would write one run over each other"
     for args in (['train', 'd', 'l', 'e', '--model', 'm'], ['resume', 'r']):
-        done = subprocess.run([sys.executable, '-c', 'from resnet_fastai.cli import main; main()', *args], env=os.environ | dict(WORLD_SIZE='2'), cwd=tmp_path,
+        done = subprocess.run([sys.executable, '-c', 'from resnet_fastai.practice.cli import main; main()', *args], env=os.environ | dict(WORLD_SIZE='2'), cwd=tmp_path,
                               capture_output=True, text=True, timeout=60)
         assert done.returncode == 1 and 'trains in one process' in done.stderr and not [*tmp_path.iterdir()], done
 
@@ -477,7 +477,7 @@ def test_some_photos_cannot_be_read(shell, untouched, tmp_path):
 
 def test_the_installed_command(shell, untouched):
     "Imports and all, in a process that nothing was done for"
-    done = subprocess.run([sys.executable, '-c', 'from resnet_fastai.cli import main; main()', 'predict', 'untouched', 'photos/test/test_00001.jpg'],
+    done = subprocess.run([sys.executable, '-c', 'from resnet_fastai.practice.cli import main; main()', 'predict', 'untouched', 'photos/test/test_00001.jpg'],
                           cwd=shell.folder, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and not done.stderr, done
     assert done.stdout == shell('predict', 'untouched', 'photos/test/test_00001.jpg').out

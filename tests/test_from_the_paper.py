@@ -18,7 +18,7 @@ from resnet_fastai.model import ProjectionBlock, build_net
 from resnet_fastai.training import Accumulate, resnet_learner
 
 root = Path(__file__).resolve().parent.parent
-spec = spec_from_file_location('paper_script', root/'nbs'/'tutorials'/'paper.py')
+spec = spec_from_file_location('paper_script', root/'nbs'/'experiments'/'paper.py')
 paper = module_from_spec(spec)
 spec.loader.exec_module(paper)
 
@@ -58,8 +58,8 @@ def test_the_default_batch_is_the_papers():
 def files(tmp_path_factory):
     "The files that the page is made of; notebooks without what they show"
     dest = tmp_path_factory.mktemp('files')
-    for p in [root/'settings.ini', *(root/'resnet_fastai').glob('*.py'), *(root/'tests').rglob('test_*.py'),
-              *(root/'nbs').glob('*.ipynb'), *(root/'nbs'/'tutorials').glob('*.*')]:
+    for p in [root/'settings.ini', *(root/'resnet_fastai').rglob('*.py'), *(root/'tests').rglob('test_*.py'),
+              *(root/'nbs').glob('*.ipynb'), *(root/'nbs').glob('*/*.*')]:
         new = dest/p.relative_to(root)
         new.parent.mkdir(parents=True, exist_ok=True)
         if p.suffix != '.ipynb': shutil.copy(p, new); continue
@@ -82,7 +82,7 @@ def test_every_rule_has_its_line_and_its_test(): assert paper.problems(root) == 
 
 
 hold_out, tested = "@pytest.mark.paper('4.2-hold-out')\n", 'tests/test_cifar.py'
-rule, rules = '"id": "4.2-hold-out"', 'nbs/tutorials/paper.json'
+rule, rules = '"id": "4.2-hold-out"', 'nbs/experiments/paper.json'
 
 
 @pytest.mark.parametrize('file,old,new,says', [
@@ -100,7 +100,7 @@ rule, rules = '"id": "4.2-hold-out"', 'nbs/tutorials/paper.json'
     (rules, rule, '"id": "4.2-test"', '4.2-test is in paper.json twice'),
     (rules, '"code": [],\n  "but": "a prediction is', '"code": [],\n  "why": "a prediction is', '4.1-ensemble has neither code nor a word'),
     (tested, hold_out, "@pytest.mark.paper('4.2-hold-out', '4.1-ensemble')\n", '4.1-ensemble is said to be not built, and test_hold_out proves it'),
-    (rules, 'nbs/tutorials/cifar10.py: return updates//2', 'nbs/tutorials/cifar.py: return updates//2', '4.2-rate: there is no file nbs/tutorials/cifar.py')])
+    (rules, 'nbs/experiments/cifar10.py: return updates//2', 'nbs/experiments/cifar.py: return updates//2', '4.2-rate: there is no file nbs/experiments/cifar.py')])
 def test_what_is_lost_is_noticed(copy, file, old, new, says):
     edit(copy/file, old, new)
     found = paper.problems(copy)
@@ -138,5 +138,5 @@ def test_links_lead_to_the_line():
 
 def test_the_script_refuses_a_page_with_gaps(copy):
     edit(copy/tested, hold_out, '')
-    done = subprocess.run([sys.executable, copy/'nbs'/'tutorials'/'paper.py'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, copy/'nbs'/'experiments'/'paper.py'], capture_output=True, text=True)
     assert done.returncode == 1 and '4.2-hold-out has no test' in done.stderr and 'Traceback' not in done.stderr

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_tensor
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import DataError, LabelMap, demo_data, draw_photo, open_photo, read_json_object, write_json
 from resnet_fastai.inference import fifty_crop, predict_probs
-from resnet_fastai.look import grad_cam, interpretation, show_cam, show_crops, show_prediction
+from resnet_fastai.practice.look import grad_cam, interpretation, show_cam, show_crops, show_prediction
 from resnet_fastai.model import build_net
 
 SIZE = 32

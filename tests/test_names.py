@@ -9,7 +9,7 @@ from PIL import Image
 
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import from_folders
-from resnet_fastai.prepare import check_data
+from resnet_fastai.practice.prepare import check_data
 
 classes = [b'caf\xe9', b'tea']
 

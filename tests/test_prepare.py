@@ -12,7 +12,7 @@ from PIL import Image
 from resnet_fastai.augment import ColorStats
 from resnet_fastai.core import train
 from resnet_fastai.data import DataError, LabelError, list_photos, open_photo
-from resnet_fastai.prepare import check_data, shrink_photos
+from resnet_fastai.practice.prepare import check_data, shrink_photos
 
 
 def snapshot(folder): return {p.relative_to(folder): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob('*') if p.is_file()}
@@ -69,7 +69,7 @@ def pixels(folder): return {p.relative_to(folder): np.array(open_photo(p)) for p
 def test_shrinking_goes_on_after_a_kill(large, tmp_path):
     before = snapshot(large)
     whole = pixels(shrink_photos(large, tmp_path/'at once', num_workers=0))
-    code = f'from resnet_fastai.prepare import shrink_photos; shrink_photos({str(large)!r}, {str(tmp_path/"small")!r}, num_workers=2)'
+    code = f'from resnet_fastai.practice.prepare import shrink_photos; shrink_photos({str(large)!r}, {str(tmp_path/"small")!r}, num_workers=2)'
     job = subprocess.Popen([sys.executable, '-c', code], stdout=-1, stderr=-1, start_new_session=True)
     while job.poll() is None and len(list((tmp_path/'small').rglob('*.jpg'))) < 5: time.sleep(.005)
     os.killpg(job.pid, signal.SIGKILL)

@@ -24,13 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from resnet_fastai import share
+from resnet_fastai.practice import share
 from resnet_fastai.augment import ColorStats
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import DataError, LabelMap, list_photos
 from resnet_fastai.inference import predict_probs
 from resnet_fastai.model import build_net
-from resnet_fastai.share import Trained, export_model, from_torchvision, load_model, model_card, save_model, to_torchvision
+from resnet_fastai.practice.share import Trained, export_model, from_torchvision, load_model, model_card, save_model, to_torchvision
 
 FILES = ('README.md', 'config.json', 'model.safetensors')
 STATS = ColorStats([.5, .4, .3], [.1, .02, .003], np.eye(3), 99)

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from resnet_fastai import sources
+from resnet_fastai.practice import sources
 from resnet_fastai.data import DataError, LabelError, LabelMap, resnet_dls, split_photos
-from resnet_fastai.sources import from_csv, from_imagenet, imagenette
+from resnet_fastai.practice.sources import from_csv, from_imagenet, imagenette
 
 # wnid: (words, label, official number, place among the sorted wnids)
 classes = {

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-tutorials = Path(__file__).resolve().parent.parent/'nbs'/'tutorials'
-runs = sorted(p for p in (tutorials/'results').glob('*.json') if p.stem in ('clothing', 'drawn'))
-notebooks = sorted(tutorials.glob('*.ipynb'))
+experiments = Path(__file__).resolve().parent.parent/'nbs'/'experiments'
+runs = sorted(p for p in (experiments/'results').glob('*.json') if p.stem in ('clothing', 'drawn'))
+notebooks = sorted(experiments.glob('*.ipynb'))
 labels = 'dots', 'mesh', 'rings'
 
 
 def script(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(tutorials))                         # it imports from the script beside it
-    spec = spec_from_file_location(f'{name}_script', tutorials/f'{name}.py')
+    monkeypatch.syspath_prepend(str(experiments))                         # it imports from the script beside it
+    spec = spec_from_file_location(f'{name}_script', experiments/f'{name}.py')
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -55,7 +55,7 @@ def check_run(run):
     "What a run's file tells of one thing in two places is the same"
     n, counts = run['photos']['test'], np.array(run['confusion'])
     for key in ('command', 'commit', 'machine', 'seed', 'seconds', 'epochs', 'arch', 'size'): assert run[key] not in (None, '', [])
-    assert f"--epochs {len(run['epochs'])} " in run['command'] and (tutorials/run['command'].split()[1].split('/')[-1]).exists()
+    assert f"--epochs {len(run['epochs'])} " in run['command'] and (experiments/run['command'].split()[1].split('/')[-1]).exists()
     assert [r['epoch'] for r in run['epochs']] == [*range(len(run['epochs']))]
     assert counts.shape == (len(run['labels']),)*2 and counts.sum() == n
     protocols = {r['protocol']: r['top1_error'] for r in run['protocols']}
@@ -121,7 +121,7 @@ def test_crops_are_those_of_the_protocols(folder, tmp_path, monkeypatch):
 def test_help_and_what_cannot_be_used(tmp_path, monkeypatch, capsys):
     for name in ('your_photos', 'colours'):
         with pytest.raises(SystemExit) as stopped: script(name, monkeypatch).main(['--help'])
-        assert stopped.value.code == 0 and f'python nbs/tutorials/{name}.py' in capsys.readouterr().out
+        assert stopped.value.code == 0 and f'python nbs/experiments/{name}.py' in capsys.readouterr().out
     (tmp_path/'empty').mkdir()
     with pytest.raises(SystemExit, match='Error: .*empty'): script('your_photos', monkeypatch).main([str(tmp_path/'empty')])
     with pytest.raises(SystemExit, match='empty holds no photos'): script('colours', monkeypatch).main([str(tmp_path/'empty')])
@@ -150,8 +150,8 @@ def test_stored_runs(file):
 
 def test_stored_colours():
     "Axes of length 1, at right angles, the longest first; the published ones are near those of samples"
-    from resnet_fastai.share import imagenet_stats
-    found = json.loads((tutorials/'results'/'colours.json').read_text())
+    from resnet_fastai.practice.share import imagenet_stats
+    found = json.loads((experiments/'results'/'colours.json').read_text())
     for s in found['sets'].values():
         np.testing.assert_allclose(np.transpose(s['eigvec']) @ s['eigvec'], np.eye(3), atol=1e-9)
         assert s['eigval'] == sorted(s['eigval'], reverse=True) and len(s['mean']) == 3
@@ -172,4 +172,4 @@ def test_stored_notebooks(file):
                 assert re.search(r'^#\| fig-alt: .{20,}', source, re.M), source
     text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
     if file.stem != 'from_the_paper': assert '## Exercises' in text and '<details>' in text and re.search(r'^3\. ', text, re.M)
-    for name in re.findall(r"results/(\w+\.json)", json.dumps(cells)): assert (tutorials/'results'/name).exists(), name
+    for name in re.findall(r"results/(\w+\.json)", json.dumps(cells)): assert (experiments/'results'/name).exists(), name

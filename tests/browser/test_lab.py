@@ -90,7 +90,7 @@ def test_a_chapter(lab, visit):
 
 def test_your_photos_and_its_upload_box(lab, visit, tmp_path):
     v = visit(1300, 1500)
-    open_notebook(v, lab, 'tutorials/your_photos.ipynb')
+    open_notebook(v, lab, 'practice/your_photos.ipynb')
     assert run_all(v, 280) >= 4
     draw_photo('rings', np.random.default_rng(3)).save(tmp_path/'mine.jpg')
     box = v.page.locator('.jupyter-widgets.widget-upload').last

@@ -43,7 +43,7 @@ def test_front_page(site, visit):
     links = pages(v.page)
     names = [link.rpartition('/')[2] for link in links]
     assert names[:2] == ['index.html', 'data.html'] and names.index('training.html') < names.index('core.html')
-    assert sum('/tutorials/' in link for link in links) >= 3 and len(set(links)) == len(links)
+    assert sum('/experiments/' in link for link in links) >= 3 and len(set(links)) == len(links)
 
 
 def test_every_page(site, visit):
