@@ -31,7 +31,7 @@ from fastai.torch_core import default_device, set_seed
 from PIL import Image
 
 from resnet_fastai.data import DataError, LabelMap, PhotoError, demo_data, list_photos, open_photo, replacing, write_json
-from resnet_fastai.model import count_macs, count_params
+from resnet_fastai.model import Block, build_net, count_macs, count_params
 from resnet_fastai.training import Checkpoint, StepLR, WarmUp, resnet_learner
 
 root = Path(__file__).resolve().parents[2]
@@ -338,6 +338,43 @@ def cifar_learner(
 
 
 def epochs(dls, updates): return math.ceil(updates/dls.train.whole)
+
+
+# --- Weights that others have trained
+
+weights_of = 'https://github.com/akamaster/pytorch_resnet_cifar10'    # ResNet-20, 32, 44 and 56 by the paper's recipe, one .th file each
+published_errors = {20: .0827, 32: .0737, 44: .0690, 56: .0661}      # of 10,000 test photos, as given there
+
+
+def published_net(
+    file:str|Path, # A file of `weights_of`: resnet20.th, resnet32.th, …
+): # `build_net('cifar_resnet20')`, …, with these weights; it expects `published_input`
+    "A network of ours that computes what theirs does: they pad new channels with zeros on both sides, we at the end"
+    told = torch.load(file, map_location='cpu', weights_only=True)['state_dict']
+    theirs = {k.removeprefix('module.').replace('linear.', 'fc.'): v for k, v in told.items()}
+    n = sum(k.startswith('layer1.') and k.endswith('conv1.weight') for k in theirs)
+    net, order = build_net(f'cifar_resnet{6*n + 2}', 10), torch.arange(16)
+    for name, block in net.named_modules():
+        if not isinstance(block, Block): continue
+        new = block.conv2.out_channels - len(order)                  # which of their channels is the first of ours, the second, …
+        after = torch.cat([order + new//2, torch.arange(new//2), torch.arange(len(order) + new//2, len(order) + new)])
+        theirs[f'{name}.conv1.weight'] = theirs[f'{name}.conv1.weight'][:, order]
+        for k in theirs: theirs[k] = theirs[k][after] if k.startswith((f'{name}.conv2', f'{name}.bn2')) and theirs[k].ndim else theirs[k]
+        order = after
+    net.load_state_dict(theirs | {'fc.weight': theirs['fc.weight'][:, order]})
+    return net.eval()
+
+
+def published_input(x): # (B,3,32,32) of 8 bits
+    "What the networks of `weights_of` were trained on"
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in ((.485, .456, .406), (.229, .224, .225)))
+    return (x.float()/255 - mean)/std
+
+
+@torch.no_grad()
+def predict(net, x, prepare=published_input, bs=100): # (N,3,32,32) of 8 bits
+    "Logits (N,n_out), 32-bit"
+    return torch.cat([net(prepare(b)) for b in x.split(bs)])
 
 
 # --- A run
