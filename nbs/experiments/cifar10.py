@@ -119,20 +119,21 @@ class _Unpickler(pickle.Unpickler):
         raise DataError(f"it asks for {module}.{name}, which CIFAR-10 has no need of; nothing was run")
 
 
-def _unpickle(file):
+def _unpickle(file, *keys):
+    "The values of these keys, arrays as numpy's"
     try:
         with open(file, 'rb') as f: found = _Unpickler(f, encoding='bytes').load()
-        return {k.decode() if isinstance(k, bytes) else k: v for k, v in found.items()}
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError, DataError) as e:
-        raise DataError(f"{file} is no batch of CIFAR-10: {e}") from None
+        found = {k.decode() if isinstance(k, bytes) else k: v.pixels() if isinstance(v, _Array) else v for k, v in found.items()}
+        return tuple(found[k] for k in keys)
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, DataError) as e:
+        raise DataError(f"{file} cannot be read as a part of CIFAR-10: {type(e).__name__}: {e}") from None
 
 
 def _read_batches(folder):
     def split(names):
-        batches = [_unpickle(folder/n) for n in names]
-        x = np.concatenate([b['data'].pixels() for b in batches]).reshape(-1, 3, 32, 32)
-        return _rgb_first(x.transpose(0, 2, 3, 1)), torch.tensor([y for b in batches for y in b['labels']])
-    classes = [c.decode() if isinstance(c, bytes) else c for c in _unpickle(folder/'batches.meta')['label_names']]
+        x, y = zip(*(_unpickle(folder/n, 'data', 'labels') for n in names))
+        return _rgb_first(np.concatenate(x).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), torch.tensor(sum(y, []))
+    classes = [c.decode() if isinstance(c, bytes) else c for c in _unpickle(folder/'batches.meta', 'label_names')[0]]
     return dict(train=split([f'data_batch_{i}' for i in range(1, 6)]), test=split(['test_batch']), classes=classes)
 
 
