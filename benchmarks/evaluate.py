@@ -16,8 +16,11 @@ from fastai.torch_core import default_device, set_seed
 from fastprogress import fastprogress
 
 from benchmarks.fifty_crop import stats
-from resnet_fastai.data import LabelMap, open_photo
-from resnet_fastai.inference import batch_size, crop_asker, cut_looks, distinct, predict_folder, protocol_looks
+from resnet_fastai.data import LabelMap
+from resnet_fastai.engine.photo import open_photo
+from resnet_fastai.engine.batching import batch_size
+from resnet_fastai.inference import crop_asker, cut_looks, distinct, protocol_looks
+from resnet_fastai.practice.predict_folder import predict_folder
 from resnet_fastai.model import build_net
 
 

@@ -22,8 +22,13 @@ from torchvision.transforms.functional import hflip, to_tensor
 from resnet_fastai import inference
 from resnet_fastai.augment import ColorStats
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import DataError, LabelMap, draw_photo, list_photos, open_photo
-from resnet_fastai.inference import dense_probs, dense_scales, evaluate, predict_folder, predict_probs
+from resnet_fastai.data import LabelMap
+from resnet_fastai.engine.demo_photos import draw_photo
+from resnet_fastai.engine.files import DataError
+from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.photo import open_photo
+from resnet_fastai.inference import dense_probs, dense_scales, evaluate, predict_probs
+from resnet_fastai.practice.predict_folder import predict_folder
 from resnet_fastai.model import build_net
 
 stats = ColorStats([.5, .4, .3], [.2, .02, .005], np.eye(3))

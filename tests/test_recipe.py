@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import DataError, demo_data
+from resnet_fastai.data import demo_data
+from resnet_fastai.engine.files import DataError
 from resnet_fastai.training import Accumulate, History, PlateauLR, StepLR, WarmUp, caffe_sgd, paper_sgd, plot_history
 
 settings = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=4, num_workers=0)

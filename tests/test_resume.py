@@ -24,8 +24,12 @@ from fastai.vision.data import ImageBlock
 from kill_and_resume import result, same
 from resnet_fastai import training
 from resnet_fastai.core import ResNet, train
-from resnet_fastai.data import DataError, LabelMap, demo_data, list_photos
-from resnet_fastai.training import Checkpoint, LossError, read_checkpoint, resnet_learner
+from resnet_fastai.data import LabelMap, demo_data
+from resnet_fastai.engine.files import DataError
+from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.checkpoint import read_checkpoint
+from resnet_fastai.engine.finite import LossError
+from resnet_fastai.training import Checkpoint, resnet_learner
 
 settings = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=4, patience=0, min_delta=10, num_workers=0)
 pytestmark = pytest.mark.usefixtures('one_thread')

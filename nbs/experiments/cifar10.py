@@ -26,7 +26,10 @@ from fastai.data.external import fastai_path
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, set_seed
 
-from resnet_fastai.data import DataError, LabelMap, PhotoError, demo_data, list_photos, open_photo, replacing, write_json
+from resnet_fastai.data import LabelMap, demo_data
+from resnet_fastai.engine.files import DataError, PhotoError, replacing, write_json
+from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.photo import open_photo
 from resnet_fastai.model import count_macs, count_params
 from resnet_fastai.training import Checkpoint, StepLR, WarmUp, resnet_learner
 

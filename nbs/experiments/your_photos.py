@@ -15,7 +15,9 @@ import torch
 
 from cifar10 import commit, machine
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import DataError, demo_data, from_folders, open_photo, write_json
+from resnet_fastai.data import demo_data, from_folders
+from resnet_fastai.engine.files import DataError, write_json
+from resnet_fastai.engine.photo import open_photo
 from resnet_fastai.inference import crop_asker, evaluate, fifty_crop, paper_scales, wilson
 
 crop_sets = {1: [4], 2: [4, 9], 5: range(5), 10: range(10)}             # of the ten: the centre, its mirror image, the five, all

@@ -24,8 +24,14 @@ from fastai.torch_core import TensorImage
 from torch import nn
 
 from ..augment import ToInput, resize_short
-from ..data import DataError, LabelMap, open_photo, photo_inputs, splits
-from ..inference import _bare, _copy, _labelled, _one_of, _parts, batch_size, crop_probs, cut_looks, looks, predict_probs
+from ..data import LabelMap
+from ..engine.files import DataError
+from ..engine.layout import photo_inputs, splits
+from ..engine.photo import open_photo
+from ..engine.batching import batch_size
+from ..engine.fast_net import _bare, _copy
+from ..engine.files import _one_of
+from ..inference import _labelled, _parts, crop_probs, cut_looks, looks, predict_probs
 from .share import Trained, as_trained
 
 # %% ../../nbs/practice/look.ipynb #68688db8

@@ -17,8 +17,11 @@ import pandas as pd
 from PIL import Image
 
 from ..augment import resize_short
-from ..data import (DataError, LabelMap, Photo, PhotoError, _link, _read_map, _scan, each_photo, list_photos, open_photo,
-                                read_json_object, replacing, resolve_data, split_photos, splits, write_json)
+from ..data import LabelMap, _read_map, resolve_data
+from ..engine.files import DataError, PhotoError, read_json_object, replacing, write_json
+from ..engine.layout import _link, _scan, list_photos, split_photos, splits
+from ..engine.loader import each_photo
+from ..engine.photo import Photo, open_photo
 
 # %% ../../nbs/practice/prepare.ipynb #bf520cd3
 def _look(path):

@@ -35,7 +35,8 @@ from torch import nn
 
 from .. import __version__
 from ..augment import ColorStats
-from ..data import DataError, LabelMap, read_json_object, replacing
+from ..data import LabelMap
+from ..engine.files import DataError, read_json_object, replacing
 from ..inference import paper_scales
 from ..model import build_net
 
