@@ -6,7 +6,7 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/augment.html.md"""
 
 # %% auto #0
 __all__ = ['resize_short', 'in_proportion', 'jitter_sides', 'random_box', 'five_boxes', 'ScaleJitterCrop', 'ColorStats',
-           'PCALighting', 'ToInput']
+           'PCALighting', 'PhotoNormalize']
 
 # %% ../nbs/02_augment.ipynb #c1549765
 import json
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from .engine.fast_crop import crop_photo, short_size
 from .engine.files import DataError, write_json
 from .engine.photo import Photo
-from .engine.survey import _fail_or_skip, _sum, survey
+from .engine.survey import _fail_or_skip, _sum, scan_photos
 
 # %% ../nbs/02_augment.ipynb #d4c74d87
 def resize_short(
@@ -142,7 +142,7 @@ def fit(cls:ColorStats,
     num_workers:int|None=None, # Processes; None: one a core
 ) -> ColorStats: # Of all their pixels, at full resolution
     "Compute the statistics in one pass; memory does not grow with the number or size of the pixels"
-    moments, bad = survey(paths, num_workers)
+    moments, bad = scan_photos(paths, num_workers)
     _fail_or_skip(bad, len(paths), on_bad)
     return ColorStats.from_moments(*_sum(moments, bad))
 
@@ -188,7 +188,7 @@ class PCALighting(RandTransform):
         return x + self.shift(len(x), x.device)[..., None, None].to(x.dtype)
 
 # %% ../nbs/02_augment.ipynb #5c3d6005
-class ToInput(PCALighting):
+class PhotoNormalize(PCALighting):
     "8-bit RGB → what the network sees: divided by 255, lit in training, centred"      # §3.4
     order,split_idx = 10,None
     def __init__(self,

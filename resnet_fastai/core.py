@@ -27,7 +27,7 @@ from .practice import look, predict_folder, share
 from .data import resnet_dls
 from .engine.files import DataError, PhotoError
 from .inference import predict_probs
-from .practice.look import ready, top_labels
+from .practice.look import require_trained, top_labels
 from .engine.distributed import distribute
 from .training import Checkpoint, resnet_learner
 
@@ -120,7 +120,7 @@ def predict(self:ResNet,
     **kwargs, # For `predict_probs`: scales, lighting, bs, precision
 ) -> np.ndarray: # (n_out,) float32 that sums to 1; [i] belongs to the label whose index is i; for a list or folder one row each
     "The probabilities of a photo, averaged over its 50 crops"
-    t = ready(self)
+    t = require_trained(self)
     return predict_probs(t.net, image, t.stats, t.size, **kwargs)
 
 @patch

@@ -21,14 +21,14 @@ from fastai.data.core import DataLoaders
 from fastai.data.external import fastai_path
 from fastcore.basics import patch
 
-from .augment import ColorStats, ScaleJitterCrop, ToInput
+from .augment import ColorStats, ScaleJitterCrop, PhotoNormalize
 from .engine.demo_photos import demo_data
 from .engine.fetch import resolve_data
 from .engine.files import _unique, DataError, LabelError, PhotoError, read_json_object, write_json
 from .engine.layout import from_folders, PhotoList, split_photos
-from .engine.loader import first_here, join_processes, PhotoBlock, PhotoDL
+from .engine.loader import local_rank0_first, join_processes, PhotoBlock, PhotoDL
 from .engine.photo import Photo
-from .engine.survey import _fail_or_skip, _sum, survey
+from .engine.survey import _fail_or_skip, _sum, scan_photos
 
 # %% ../nbs/03_data.ipynb #b89c20ef
 def photo_ids(
@@ -217,7 +217,7 @@ def read_stats(
     paths, n = photos['train'] + photos['val'], len(photos['train'])
     file = _survey_file(paths.texts())
     if (found := _kept(file)) is None:
-        moments, bad = survey(paths, num_workers)
+        moments, bad = scan_photos(paths, num_workers)
         _fail_or_skip(bad, len(paths), on_bad)
         found = ColorStats.from_moments(*_sum(moments[:n], bad)), bad
         _keep(file, *found)
@@ -235,7 +235,7 @@ def recipe(
     lighting:float=.1, # Standard deviation of α; 0: no lighting
 ) -> tuple: # (transforms of one photo, transforms of a batch)
     "The paper's augmentation and normalisation as fastai transforms"        # §3.4
-    return [ScaleJitterCrop(size, min_side, max_side)], [ToInput(stats, lighting)]
+    return [ScaleJitterCrop(size, min_side, max_side)], [PhotoNormalize(stats, lighting)]
 
 # %% ../nbs/03_data.ipynb #bef1dbe8
 def resnet_dls(
@@ -258,7 +258,7 @@ def resnet_dls(
     join_processes()
     labels = LabelMap(label_path, label_encoding)
     labels.vocab(n_out)
-    with first_here():                                     # the others find what it has fetched and read
+    with local_rank0_first():                                     # the others find what it has fetched and read
         root = resolve_data(data_path)
         photos = labelled_photos(root, labels, on_bad)
         if stats is None or on_bad == 'skip':

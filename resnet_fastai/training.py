@@ -6,7 +6,7 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/training.html.md"""
 
 # %% auto #0
 __all__ = ['paper_sgd', 'caffe_velocity', 'caffe_step', 'caffe_sgd', 'Accumulate', 'top1_error', 'top5_error', 'default_lr',
-           'RateDrop', 'PlateauLR', 'StepLR', 'WarmUp', 'History', 'resnet_learner', 'plot_history']
+           'RateDrop', 'PlateauLR', 'MultiStepLR', 'WarmUp', 'History', 'resnet_learner', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #9c4cc2fc
 import time
@@ -62,8 +62,8 @@ class Accumulate(Callback):
     ): self.bs = bs
 
     def before_train(self):
-        self.count,self.ranks = 0,getattr(self.dls.train, 'ranks', 1)
-        self.sizes = self.dls.train.photos_in() if self.ranks > 1 else None
+        self.count,self.world_size = 0,getattr(self.dls.train, 'world_size', 1)
+        self.sizes = self.dls.train.photos_in() if self.world_size > 1 else None
         self.opt.zero_grad()                             # a run that broke off may have left half an update's gradients
 
     def before_batch(self):
@@ -72,7 +72,7 @@ class Accumulate(Callback):
         self.last = self.count >= self.bs or self.iter == self.n_iter-1
 
     def after_loss(self):                                # the mean over processes is taken afterwards
-        self.learn.loss_grad = self.loss_grad*(self.n*self.ranks/self.bs)
+        self.learn.loss_grad = self.loss_grad*(self.n*self.world_size/self.bs)
 
     def before_step(self):
         if not self.last: raise CancelBatchException()   # keep the gradients, go on
@@ -105,7 +105,7 @@ def default_lr(
 # %% ../nbs/04_training.ipynb #40da280a
 class RateDrop(Callback):
     "What divides the rate by `factor` at some time; `drops` tells when and why"
-    order,carried = 60,('drops',)                          # after the Recorder has the epoch's values; what a checkpoint carries
+    order,state_attrs = 60,('drops',)                          # after the Recorder has the epoch's values; what a checkpoint carries
 
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
     def before_epoch(self): self.trained = False           # validate() and get_preds() are epochs too, without training
@@ -130,7 +130,7 @@ class RateDrop(Callback):
 # %% ../nbs/04_training.ipynb #5ab2ebdd
 class PlateauLR(RateDrop):
     "Divide the rate by `factor` when the monitored value has not improved for more than `patience` epochs"     # §3.4
-    carried = ('drops', 'best', 'wait', 'cool')
+    state_attrs = ('drops', 'best', 'wait', 'cool')
     def __init__(self,
         monitor:str='valid_loss', # 'valid_loss', 'train_loss', or the name of a metric, like 'top1_error'; smaller is better
         factor:float=10, # What the rate is divided by
@@ -158,15 +158,15 @@ class PlateauLR(RateDrop):
         self.wait,self.cool = 0,self.cooldown
 
 # %% ../nbs/04_training.ipynb #d233cc01
-class StepLR(RateDrop):
+class MultiStepLR(RateDrop):
     "Divide the rate by `factor` after given numbers of epochs or updates, counted over all fits"      # §4.2: 32k and 48k updates
-    carried = ('drops', 'done')
+    state_attrs = ('drops', 'done')
     def __init__(self,
         epochs:tuple=(), # Epochs after which the rate falls
         updates:tuple=(), # Updates after which the rate falls
         factor:float=10, # What the rate is divided by
     ):
-        if bool(epochs) == bool(updates): raise DataError("StepLR needs epochs=(…) or updates=(…), one of the two")
+        if bool(epochs) == bool(updates): raise DataError("MultiStepLR needs epochs=(…) or updates=(…), one of the two")
         self.at,self.unit,self.factor,self.drops,self.done = {*(epochs or updates)},'epochs' if epochs else 'updates',factor,[],0
 
     def before_batch(self): self.stepped = False
@@ -184,7 +184,7 @@ class StepLR(RateDrop):
 # %% ../nbs/04_training.ipynb #f4270806
 class WarmUp(Callback):
     "A small rate until the training error, the mean of the last `window` batches, falls below `until`"      # §4.2
-    order,run_valid,carried = 61,False,('errors', 'over')
+    order,run_valid,state_attrs = 61,False,('errors', 'over')
     def __init__(self,
         lr:float=.01, # The rate until then; afterwards it is the learner's own
         until:float=.8, # Training error, 0 to 1
@@ -205,7 +205,7 @@ class WarmUp(Callback):
 class History(Callback):
     "One row for each epoch, over all fits: losses, errors, rate, seconds; the recorder goes on where it was"
     order = 51                                              # right after the Recorder has cleared its lists
-    carried = ('rows', 'wrong', 'seen')
+    state_attrs = ('rows', 'wrong', 'seen')
     lists = ('lrs', 'iters', 'losses', 'values')            # the recorder's
     def __init__(self): self.rows,self.kept = [],None
 
@@ -245,7 +245,7 @@ def resnet_learner(
     lr:float|None=None, # Initial learning rate; None: .1 at bs=256, and in proportion
     patience:int=3, # Epochs without a better validation loss before the rate falls
     min_delta:float=1e-4, # The least decrease of the validation loss that counts as better
-    schedule=None, # A callback that moves the rate, like `StepLR`; None: `PlateauLR(patience=patience, min_delta=min_delta)`
+    schedule=None, # A callback that moves the rate, like `MultiStepLR`; None: `PlateauLR(patience=patience, min_delta=min_delta)`
     decay:str='weights', # What decays: 'weights', 'conv_fc' (and the last layer's bias) or 'all' (and BN)
     opt_func=paper_sgd, # Or `caffe_sgd`
     precision:str|None=None, # Of the convolutions: 'fp32', 'bf16' or 'fp16'; None: 'bf16' where the hardware computes in it

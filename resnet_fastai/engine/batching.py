@@ -9,7 +9,7 @@ from fastai.torch_core import defaults
 from torch import nn
 
 
-def ahead(
+def prefetch(
     load:Callable, # Of an item
     items:Iterable,
     num_workers:int|None=None, # Threads; 0: none; None: one a core, 16 at most
@@ -26,7 +26,7 @@ def ahead(
     finally: pool.shutdown(cancel_futures=True)
 
 
-def ask_many(
+def batched_forward(
     ask:Callable, # (n,…) → (n,n_out), perhaps on a GPU that is not yet done with it
     groups:Iterable, # Tensors (nᵢ,…)
     bs:int, # Rows that are asked about at a time

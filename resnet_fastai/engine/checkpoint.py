@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 
-from .files import DataError, replacing
+from .files import DataError, atomic_write
 from .finite import _what_stands, LossError
 
 
@@ -110,7 +110,7 @@ class ResumableLearner(Learner):
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         try:
-            with _patiently(self): super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
+            with graceful_interrupt(self): super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
         except DataError as e:
             if not str(e).startswith('Exception occured in `'): raise
             raise type(e)(str(e).partition(':\n\t')[2]) from None                # fastai says first in which callback
@@ -131,7 +131,7 @@ class ResumableLearner(Learner):
 
 
 @contextmanager
-def _patiently(learn):
+def graceful_interrupt(learn):
     "A first Ctrl-C, or SIGTERM, sets `learn.stopping`; a second Ctrl-C is obeyed at once"
     if threading.current_thread() is not threading.main_thread(): return (yield)
     me,asked = os.getpid(),[]
@@ -188,7 +188,7 @@ def _refuse_strangers(path, theirs, ours):
 class Checkpoint(Callback):
     "Keep a run in a folder: checkpoints from which it goes on exactly, the best weights, and history.csv"
     order = 100                                             # after all others
-    carried = ('best', 'batches', 'updates')
+    state_attrs = ('best', 'batches', 'updates')
     def __init__(self,
         folder:str|Path, # Made if need be; one for each run
         every:str|int='epoch', # 'epoch', or after so many updates (and epochs)
@@ -252,7 +252,7 @@ class Checkpoint(Callback):
                           losses=torch.stack(rec.losses) if rec.losses else torch.zeros(0),
                           smooth=[rec.smooth_loss.count, rec.smooth_loss.val], sums=[[m.total, m.count] for m in rec._train_mets[1:] if batch]),
             kept=[len(hist.kept[n]) for n in hist.lists] if hist.kept else None, smooth=list(hist.smooth) if hist.kept else None,
-            elapsed=time.perf_counter() - hist.start, callbacks={cb.name: {a: getattr(cb, a) for a in cb.carried} for cb in _carriers(learn)})
+            elapsed=time.perf_counter() - hist.start, callbacks={cb.name: {a: getattr(cb, a) for a in cb.state_attrs} for cb in _carriers(learn)})
 
     def of_ranks(self) -> list: # Of dicts, one a process
         "What each process has for itself: its generators, and how many of its photos were wrong"
@@ -267,7 +267,7 @@ class Checkpoint(Callback):
         if self.mine: return
         if not isinstance(self.learn, ResumableLearner) or not hasattr(self, 'history') or not hasattr(self.dls.train, 'get_idxs'):
             raise DataError("Checkpoint needs a learner of resnet_learner, with a fastai loader of photos")
-        _by_first(self.learn, self._make)
+        _on_rank0(self.learn, self._make)
         self.mine = True
 
     def _make(self):
@@ -276,7 +276,7 @@ class Checkpoint(Callback):
                             "or learn.resume(epochs), or name another folder")
         with self._plainly():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self.folder/'.probe') as part: part.write_bytes(b'')
+            with atomic_write(self.folder/'.probe') as part: part.write_bytes(b'')
             (self.folder/'.probe').unlink()
 
     @contextmanager
@@ -318,7 +318,7 @@ class Checkpoint(Callback):
 
     def find(self) -> dict|None: # The state; None where the folder has none
         "Read the newest whole checkpoint of the folder, if it is of this run; the next fit begins there"
-        self.state = _by_first(self.learn, self._newest_whole)
+        self.state = _on_rank0(self.learn, self._newest_whole)
         return self.state
 
     def _newest_whole(self):
@@ -376,7 +376,7 @@ def _plain(o):
     return o.detach().as_subclass(torch.Tensor) if torch.is_tensor(o) else o.item() if isinstance(o, np.generic) else o
 
 
-def _carriers(learn): return [cb for cb in learn.cbs if hasattr(type(cb), 'carried')]
+def _carriers(learn): return [cb for cb in learn.cbs if hasattr(type(cb), 'state_attrs')]
 
 
 def _opt_state(opt):
@@ -384,12 +384,12 @@ def _opt_state(opt):
     return [dict(opt.state[p], has_grad=p.grad is not None) for p,*_ in opt.all_params()]
 
 
-def _by_first(learn, f): return learn.many_processes.by_first(f) if hasattr(learn, 'many_processes') else f()
+def _on_rank0(learn, f): return learn.many_processes.on_rank0(f) if hasattr(learn, 'many_processes') else f()
 
 
 def _write_through(path, data):
     "Put bytes in the place of a file, whole or not at all, even if the power fails"
-    with replacing(path) as part: part.write_bytes(data)
+    with atomic_write(path) as part: part.write_bytes(data)
     if hasattr(os, 'O_DIRECTORY'):
         fd = os.open(path.parent, os.O_DIRECTORY)
         try: os.fsync(fd)

@@ -20,7 +20,7 @@ class ManyProcesses(Callback):
 
     def before_fit(self):
         self.run,self.net = not hasattr(self.learn, 'lr_finder'),None
-        for dl in self.dls.loaders: dl.rng.setstate(self.by_first(dl.rng.getstate))
+        for dl in self.dls.loaders: dl.rng.setstate(self.on_rank0(dl.rng.getstate))
         if not self.seeded: torch.manual_seed(torch.initial_seed() + rank_distrib())     # each process draws its own lighting
         self.seeded = True
 
@@ -67,7 +67,7 @@ class ManyProcesses(Callback):
         dist.all_gather_object(values, value)
         return values
 
-    def by_first(self,
+    def on_rank0(self,
         f, # A function without arguments
     ):
         "What the first process's `f()` returns, or the error it raises, in every process"
@@ -90,7 +90,7 @@ def distribute(
     if sync_bn:
         if learn.dls.device.type != 'cuda': raise DataError("sync_bn=True needs GPUs; on CPUs BN is each process's own")
         learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(learn.model)
-    for dl in learn.dls.loaders: dl.rank,dl.ranks = rank_distrib(),num_distrib()
+    for dl in learn.dls.loaders: dl.rank,dl.world_size = rank_distrib(),num_distrib()
     if rank_distrib():
         learn.remove_cb(ProgressCallback)
         learn.logger = noop

@@ -116,7 +116,7 @@ class FullLinear(nn.Linear):
 dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
-def halve(
+def to_half(
     net:nn.Module, # Changed in place; in eval mode
     x:torch.Tensor, # (B,3,H,W), passes through it once
     precision:str='bf16', # 'bf16' or 'fp16'
@@ -142,7 +142,7 @@ def _bit_sums(t):
     return sums
 
 
-def fingerprint(
+def weights_hash(
     net:nn.Module,
 ) -> str: # 64 hexadecimal digits; the same in every session
     "What tells a network's numbers, parameters and buffers, from any others"
@@ -169,11 +169,11 @@ def _make(net, precision, size):
         x = _probe(size, device)
         before, folded = made(x), copy.deepcopy(made)
         if fold_bn(folded, x) and (folded(x) - before).abs().max() <= 1e-4*before.abs().max(): made = folded
-        if precision != 'fp32': halve(made, x, precision)
+        if precision != 'fp32': to_half(made, x, precision)
     return made
 
 
-def prepared(
+def inference_copy(
     net:nn.Module, # Stays as it is
     precision:str|None='fp32', # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
     size:int=224, # Side of its input, pixels
@@ -185,6 +185,6 @@ def prepared(
     hooked = any(v for m in net.modules() for k,v in vars(m).items() if k.endswith('_hooks'))
     if hooked: return _make(net, precision, size)                                # a hook may hold the network: nothing is kept
     with _lock:
-        state, kept = (size, fingerprint(net), _plan(net)), _kept.setdefault(net, {})
+        state, kept = (size, weights_hash(net), _plan(net)), _kept.setdefault(net, {})
         if kept.get(precision, ('',))[0] != state: kept[precision] = state, _make(net, precision, size)
         return kept[precision][1]

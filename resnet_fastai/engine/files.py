@@ -35,7 +35,7 @@ def read_json_object(
 
 
 @contextmanager
-def replacing(
+def atomic_write(
     path:str|Path, # The file that is to appear, or to be replaced
 ):
     "Yields a temporary path beside `path`; what is written there takes its place in one step when all went well"
@@ -54,7 +54,7 @@ def write_json(
 ):
     "Write an object as JSON"
     text = json.dumps(obj, ensure_ascii=False, indent=1).encode('utf-8', 'backslashreplace')     # a name that is not UTF-8: as JSON escapes it
-    with replacing(path) as part: part.write_bytes(text)
+    with atomic_write(path) as part: part.write_bytes(text)
 
 
 def _umask():

@@ -43,14 +43,14 @@ def each_photo(
 
 class PhotoDL(TfmdDL):
     "A `TfmdDL` whose order is compact, whose draws do not depend on the number of workers, and which several processes can share"
-    rank,ranks,shares = 0,1,None
+    rank,world_size,shares = 0,1,None
     def photos_in(self) -> list[int]:
         "The number of photos in each batch, all processes together"
-        whole,rest = divmod(self.n, self.bs*self.ranks)
-        sizes = [self.bs*self.ranks]*whole
+        whole,rest = divmod(self.n, self.bs*self.world_size)
+        sizes = [self.bs*self.world_size]*whole
         if not rest or self.drop_last: return sizes
-        if not self.shuffle or rest >= 2*self.ranks: return sizes + [rest]
-        if not sizes: raise DataError(f"{self.n} photos are too few for {self.ranks} process{'es' if self.ranks > 1 else ''}: "
+        if not self.shuffle or rest >= 2*self.world_size: return sizes + [rest]
+        if not sizes: raise DataError(f"{self.n} photos are too few for {self.world_size} process{'es' if self.world_size > 1 else ''}: "
                                       "training needs two for each")
         return sizes[:-1] + [sizes[-1] + rest]
 
@@ -61,7 +61,7 @@ class PhotoDL(TfmdDL):
         self.epoch_seed = self.rng.getrandbits(64)
         order = np.random.default_rng(self.epoch_seed).permutation(self.n) if self.shuffle else np.arange(self.n)
         ends = np.cumsum([0, *self.photos_in()])
-        cut = (ends[:-1,None] + np.diff(ends)[:,None]*np.arange(self.ranks + 1)//self.ranks)[:, self.rank:self.rank+2]
+        cut = (ends[:-1,None] + np.diff(ends)[:,None]*np.arange(self.world_size + 1)//self.world_size)[:, self.rank:self.rank+2]
         self.shares = np.diff(cut)[:,0].tolist()
         return np.concatenate([order[a:b] for a,b in cut]) if len(cut) else order[:0]
 
@@ -92,7 +92,7 @@ def join_processes():
 
 
 @contextmanager
-def first_here(
+def local_rank0_first(
     wait:timedelta=timedelta(days=1), # How long the others wait at the most; the first look at a million photos takes an hour
 ):
     "One process of each machine runs what is inside; then its others do"

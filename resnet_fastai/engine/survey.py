@@ -36,7 +36,7 @@ def _moments(path):
     except PhotoError as e: return str(e)
 
 
-def survey(
+def scan_photos(
     paths:list, # Photos
     num_workers:int|None=None, # Processes; None: one a core, none of them for a handful of photos
 ) -> tuple: # ((4,4,n) moments, zeros where a photo is bad; {place: why it cannot be read})

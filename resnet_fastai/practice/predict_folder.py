@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
-from ..engine.fast_net import _bare, fingerprint
-from ..engine.files import _one_of, DataError, PhotoError, replacing, write_json
+from ..engine.fast_net import _bare, weights_hash
+from ..engine.files import _one_of, DataError, PhotoError, atomic_write, write_json
 from ..engine.layout import list_photos, PhotoList
 from ..inference import _answers, _parts, protocols
 
@@ -28,7 +28,7 @@ def _line(row):
     except UnicodeEncodeError: return line.encode('utf-8', 'backslashreplace')
 
 
-class Rows:
+class ResumableCSV:
     "A CSV file that grows in blocks, and a JSON file beside it that knows what is in it and which block comes last"
     def __init__(self,
         dest:str|Path, # The CSV file; made, or gone on with
@@ -108,7 +108,7 @@ def _write_parquet(rows, dest, n, block=10_000):
     "A Parquet file of a CSV file, some rows at a time"
     import pyarrow as pa, pyarrow.parquet as pq
     schema = pa.schema([(c, pa.float32() if c.startswith('prob_') else pa.string()) for c in _columns(n)])
-    with replacing(dest) as part, pq.ParquetWriter(part, schema) as out, open(rows, encoding='utf-8', errors='backslashreplace', newline='') as f:
+    with atomic_write(dest) as part, pq.ParquetWriter(part, schema) as out, open(rows, encoding='utf-8', errors='backslashreplace', newline='') as f:
         reader, _ = (r := csv.reader(f)), next(r)
         while some := [row for _,row in zip(range(block), reader)]:
             out.write_table(pa.Table.from_pandas(_table(some, n), schema, preserve_index=False))
@@ -132,7 +132,7 @@ def _named_photos(photos):
 def _origin(parts, n, protocol, folder):
     "What the rows of a file depend on, as JSON holds it"
     labels = hashlib.sha256(json.dumps([sorted(parts.labels.encoding.items()), parts.stats.as_dict(), parts.size]).encode()).hexdigest()
-    return {'model': [fingerprint(_bare(parts.net)), labels], 'n': n, 'protocol': protocol, 'folder': folder}
+    return {'model': [weights_hash(_bare(parts.net)), labels], 'n': n, 'protocol': protocol, 'folder': folder}
 
 
 def predict_folder(
@@ -169,12 +169,12 @@ def _newer(a, b): return os.path.exists(a) and os.stat(a).st_mtime_ns > os.stat(
 def _open_rows(dest, n, what):
     suffix = Path(dest).suffix
     if suffix not in ('.csv', '.parquet'): raise DataError(f"{dest} ends in neither .csv nor .parquet")
-    if suffix == '.csv': return Rows(dest, _columns(n), what)
+    if suffix == '.csv': return ResumableCSV(dest, _columns(n), what)
     if importlib.util.find_spec('pyarrow') is None:
         raise DataError(f"{dest}: Parquet files need pyarrow; install it (pip install pyarrow), or name a .csv file")
     if Path(dest).exists() and not Path(f'{dest}.csv').exists():
         raise DataError(f"{dest} exists and is not ours to go on with; name another file, or move it away")
-    return Rows(f'{dest}.csv', _columns(n), what)
+    return ResumableCSV(f'{dest}.csv', _columns(n), what)
 
 
 def _work(parts, photos, todo, name, n, how, rows, block=200, seconds=20):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..augment import resize_short
 from ..data import LabelMap, _read_map, resolve_data
-from ..engine.files import DataError, PhotoError, read_json_object, replacing, write_json
+from ..engine.files import DataError, PhotoError, read_json_object, atomic_write, write_json
 from ..engine.layout import _link, _scan, list_photos, split_photos, splits
 from ..engine.loader import each_photo
 from ..engine.photo import Photo, open_photo
@@ -84,7 +84,7 @@ def _shrink(path, root, dest, side, quality):
             rgb,_ = photo.pixels(2*side)                              # twice the size: then it is resized once, and hardly by the decoder
             if not isinstance(rgb, Image.Image): rgb = Image.fromarray(rgb.permute(1,2,0).contiguous().numpy())
             out.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(out) as part:
+            with atomic_write(out) as part:
                 resize_short(rgb, side).save(part, _kinds[path.suffix.lower()], quality=quality)
                 os.utime(part, ns=(was.st_mtime_ns, was.st_mtime_ns))
             return 'shrunk'
