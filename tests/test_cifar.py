@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from resnet_fastai.data import DataError, PhotoError
+from resnet_fastai.engine.files import DataError, PhotoError
 from resnet_fastai.model import build_net
 from resnet_fastai.training import WarmUp
 

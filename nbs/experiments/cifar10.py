@@ -30,9 +30,12 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, set_seed
 from PIL import Image
 
-from resnet_fastai.data import DataError, LabelMap, PhotoError, demo_data, list_photos, open_photo, replacing, write_json
+from resnet_fastai.data import LabelMap, demo_data
+from resnet_fastai.engine.files import DataError, PhotoError, atomic_write, write_json
+from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.photo import open_photo
 from resnet_fastai.model import Block, build_net, count_macs, count_params
-from resnet_fastai.training import Checkpoint, StepLR, WarmUp, resnet_learner
+from resnet_fastai.training import Checkpoint, MultiStepLR, WarmUp, resnet_learner
 
 root = Path(__file__).resolve().parents[2]
 paper_updates, paper_bs = 64_000, 128                                # §4.2
@@ -164,7 +167,7 @@ def _cached(folder, cache):
     if not file.exists():
         found = _read_folders(folder)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as part, open(part, 'wb') as f: np.savez(f, **found)
+        with atomic_write(file) as part, open(part, 'wb') as f: np.savez(f, **found)
     return _read_npz(file)
 
 
@@ -295,7 +298,7 @@ class LastUpdate(Callback):
 
 class Results(Callback):
     "Keep the run in a JSON file, whole after every epoch"
-    order, carried = 90, ('spent',)                                  # before the checkpoint
+    order, state_attrs = 90, ('spent',)                              # before the checkpoint
     def __init__(self, file, about, quiet=True): self.file, self.about, self.quiet, self.spent = Path(file), about, quiet, 0
 
     def before_fit(self): self.last = time.process_time()
@@ -334,8 +337,8 @@ def cifar_learner(
 ): # A `ResumableLearner`; fit it for `epochs(dls, updates)` epochs
     "The paper's network and recipe: rate .1, momentum .9, decay .0001; a small rate first where there are 110 layers or more"
     cbs = [LastUpdate(updates), *([WarmUp(.01, .8)] if depth >= 110 else []), *cbs]
-    return resnet_learner(dls, f'cifar_{kind}{depth}', bs=dls.train.bs, lr=.1, schedule=StepLR(updates=drops(updates)), precision=precision,
-                          channels_last=precision != 'fp32', cbs=cbs)
+    return resnet_learner(dls, f'cifar_{kind}{depth}', bs=dls.train.bs, lr=.1, schedule=MultiStepLR(updates=drops(updates)),
+                          precision=precision, channels_last=precision != 'fp32', cbs=cbs)
 
 
 def epochs(dls, updates): return math.ceil(updates/dls.train.whole)

@@ -19,7 +19,7 @@ from torch import nn
 
 from cifar10 import (cifar10, cifar_dls, cifar_learner, commit, machine, paper_updates, predict, published_errors, published_input,
                      published_net, weights_of)
-from resnet_fastai.data import DataError, write_json
+from resnet_fastai.engine.files import DataError, write_json
 from resnet_fastai.model import Block, count_params
 
 results = Path(__file__).parent/'results'/'layers'
