@@ -1,7 +1,7 @@
-"""Look inside networks of the paper's CIFAR-10 family, and keep what is found as JSON files in results/layers/.
+"""Look inside networks of the paper's CIFAR-10 family, and keep what is found as JSON in results/layers/.
 
-    python nbs/experiments/cifar_figures.py CIFAR10 --weights FOLDER          # four networks that others have trained
-    python nbs/experiments/cifar_figures.py CIFAR10 --net plain56 --epochs 2  # the first epochs of the paper's run
+    python nbs/experiments/cifar_figures.py CIFAR10 --weights FOLDER    # four networks that others have trained
+    python nbs/experiments/cifar_figures.py CIFAR10 --net plain56       # a short run of our own, at half the resolution
 
 With --weights: test errors, errors of ensembles (the idea of Table 5), the error without each block, and the responses of Figure 7, of
 resnet20.th, resnet32.th, resnet44.th and resnet56.th from https://github.com/akamaster/pytorch_resnet_cifar10. With --net: the gradient
@@ -16,11 +16,13 @@ import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from torch import nn
+from torch.nn import functional as F
 
-from cifar10 import (cifar10, cifar_dls, cifar_learner, commit, machine, paper_updates, predict, published_errors, published_input,
-                     published_net, weights_of)
+from cifar10 import (cifar10, cifar_dls, cifar_learner, commit, epochs, machine, paper_updates, predict, published_errors,
+                     published_input, published_net, weights_of)
 from resnet_fastai.engine.files import DataError, write_json
 from resnet_fastai.model import Block, count_params
+from resnet_fastai.training import WarmUp
 
 results = Path(__file__).parent/'results'/'layers'
 
@@ -117,22 +119,29 @@ class KeepLayers(Callback):
     def after_epoch(self):
         row = self.history.rows[-1]
         self.told |= dict(updates_done=self.gradients.updates, train_error=row['train_error'], top1_error=row['top1_error'],
-                          layers=[k for k, _, _ in layers_3x3(self.model)], responses=self.responses, gradients=self.gradients.rows)
+                          layers=[*self.responses], responses=self.responses, gradients=self.gradients.rows)
         _write(self.out, self.told)
         print(f"{self.told['net']}: {self.gradients.updates:,} updates, test error {row['top1_error']:.2%}", flush=True)
 
 
-def first_epochs(folder, net, epochs, seed, out):
-    "The first epochs of the paper's run of 64,000 updates"
+def smaller(x, size): # (N,3,32,32) of 8 bits
+    "The photos at `size`, the mean of each square of pixels"
+    return x if size == 32 else torch.cat([F.avg_pool2d(b.float(), 32//size).round().byte() for b in x.split(1000)])
+
+
+def short_run(folder, net, updates, size, bs, seed, out):
+    "The recipe of §4.2 in small: fewer updates and pixels, and for every net the small rate that the paper begins 110 layers with"
     kind, depth = re.fullmatch('(plain|resnet)([0-9]+)', net).groups()
     data = cifar10(folder)
-    dls = cifar_dls(data)
+    dls = cifar_dls(data | {s: (smaller(data[s][0], size), data[s][1]) for s in ('train', 'test')}, bs)
     set_seed(seed)
     for dl in dls.loaders: dl.rng.seed(seed)
-    told = _about(f'--net {net} --epochs {epochs} --seed {seed}', data) | dict(net=net, seed=seed, paper_updates=paper_updates, precision='bf16')
+    options = dict(net=net, updates=updates, size=size, bs=bs, seed=seed)
+    told = _about(' '.join(f'--{k} {v}' for k, v in options.items()), data) | options | dict(paper_updates=paper_updates, precision='bf16')
     gradients = Gradients()
-    learn = cifar_learner(dls, int(depth), kind, precision='bf16', cbs=[gradients, KeepLayers(out, told, gradients)])
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+    warm_up = [] if int(depth) >= 110 else [WarmUp(.01, .8)]         # `cifar_learner` has it from 110 layers on
+    learn = cifar_learner(dls, int(depth), kind, updates, 'bf16', [gradients, KeepLayers(out, told, gradients), *warm_up])
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs(dls, updates))
     return learn
 
 
@@ -152,8 +161,10 @@ def main(argv=None):
     p.add_argument('folder', type=Path, help='CIFAR-10, as for cifar10.py')
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument('--weights', type=Path, help='a folder with resnet20.th, resnet32.th, resnet44.th and resnet56.th')
-    what.add_argument('--net', help='plain20, resnet56, …: trained for the first epochs')
-    p.add_argument('--epochs', type=int, default=2, help='with --net: epochs of 390 updates')
+    what.add_argument('--net', help='plain20, resnet56, …: trained for a short time')
+    p.add_argument('--updates', type=int, default=3000, help='with --net; the rate falls after 1/2 and 3/4 of them')
+    p.add_argument('--size', type=int, default=16, choices=[8, 16, 32], help='with --net: pixels on a side')
+    p.add_argument('--bs', type=int, default=64, help='with --net: photos in an update')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--out', type=Path, help='default: nbs/experiments/results/layers/NET.json, or published.json')
     p.add_argument('--threads', type=int, help='of the processor; default: all')
@@ -162,7 +173,7 @@ def main(argv=None):
     if args.net and not re.fullmatch('(plain|resnet)[0-9]+', args.net): p.error(f"--net is {args.net!r}; it should be like plain20 or resnet56")
     try:
         if args.weights: published(args.folder, args.weights, args.out or results/'published.json')
-        else: first_epochs(args.folder, args.net, args.epochs, args.seed, args.out or results/f'{args.net}.json')
+        else: short_run(args.folder, args.net, args.updates, args.size, args.bs, args.seed, args.out or results/f'{args.net}.json')
     except (DataError, FileNotFoundError) as e: sys.exit(f'{type(e).__name__}: {e}')
 
 
