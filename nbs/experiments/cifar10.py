@@ -448,7 +448,8 @@ def read_results(
     "The stored runs; of a net with several seeds, those that have come farthest"
     runs = [json.loads(f.read_text()) for f in sorted(Path(folder).glob('*.json')) if f.name.startswith(('plain', 'resnet'))]
     known = 'kind', 'depth', 'seed', 'parameters', 'macs'
-    rows = pd.DataFrame([{k: r[k] for k in known} | e for r in runs for e in r['epochs'] if r['updates'] == planned])
+    rows = pd.DataFrame([{k: r[k] for k in known} | dict(machine=r['machine']['gpu'] or r['machine']['cpu']) | e
+                         for r in runs for e in r['epochs'] if r['updates'] == planned])
     if not len(rows): raise DataError(f"{folder} holds no run of {planned:,} updates; this script makes them")
     done, farthest = (rows.groupby(['kind', 'depth', *more]).updates.transform('max') for more in (['seed'], []))
     return rows[done == farthest].reset_index(drop=True)
