@@ -87,7 +87,7 @@ class ScaleJitterCrop(RandTransform):
         super().__init__(**kwargs)
         self.size, self.p_mirror = size, p_mirror
         self.min_side, self.max_side = jitter_sides(size, min_side, max_side)
-        self.rng = random.Random(random.getrandbits(64))  # a `PhotoDL` seeds it anew for each photo
+        self.rng = random.Random(random.getrandbits(64))  # `PhotoDL` seeds it for each photo
 
     def before_call(self, b, split_idx:int): self.do, self.train = True, split_idx == 0
 
@@ -176,14 +176,14 @@ def load(cls:ColorStats,
 # %% ../nbs/02_augment.ipynb #1f26c7bd
 class PCALighting(RandTransform):
     "Shift the colours of each training photo along the axes of its set"   # §3.4, [21] §4.1
-    order,split_idx = 20,0                      # after the division by 255 (10); training only
+    order,split_idx = 20,0              # after the division by 255 (10); training only
     def __init__(self,
         stats:ColorStats, # Of the training set
         std:float=.1, # Standard deviation of α
     ):
         super().__init__()
         self.std = std
-        self.axes = torch.tensor(stats.eigvec*stats.eigval).float()            # column k: pₖ λₖ
+        self.axes = torch.tensor(stats.eigvec*stats.eigval).float()    # column k: pₖ λₖ
 
     def shift(self,
         n:int, # Photos
@@ -215,7 +215,7 @@ class PhotoNormalize(PCALighting):
         add = add[..., None, None]
         if x.device.type != 'cpu': return x.float().mul_(1/255).add_(add)
         out = np.empty(x.shape, np.float32)
-        for o,rgb,a in zip(out, x.numpy(), add.numpy()):    # photo by photo: one fits the cache
+        for o,rgb,a in zip(out, x.numpy(), add.numpy()):    # one fits the cache
             np.multiply(rgb, np.float32(1/255), out=o)
             o += a
         return TensorImage(out)
