@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.imports import noop
 from fastai.losses import CrossEntropyLossFlat
@@ -56,28 +57,37 @@ def caffe_sgd(
 # %% ../nbs/04_training.ipynb #5eaca6c8
 class Accumulate(Callback):
     "One optimiser step per `bs` photos, from the gradients of several micro-batches; their mean, exactly"
-    order,run_valid = 40,False                           # after fastai's MixedPrecision, before `ManyProcesses` asks for the last one
+    order,run_valid = -12,False                          # first: no other callback acts on the gradients of a part of an update
     def __init__(self,
         bs:int=256, # Photos in an update
     ): self.bs = bs
 
+    def before_fit(self):
+        if any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
+            raise DataError(f"GradientAccumulation would scale the gradients twice: the learner accumulates {self.bs} photos already; pass bs=…")
+
     def before_train(self):
-        self.count,self.world_size = 0,getattr(self.dls.train, 'world_size', 1)
-        self.sizes = self.dls.train.photos_in() if self.world_size > 1 else None
+        dl = self.dls.train
+        self.count,self.world_size,at_once = 0,getattr(dl, 'world_size', 1),getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+        if len(dl) > 1 and at_once and self.bs % at_once:
+            raise DataError(f"an update of bs={self.bs} photos is no multiple of the loader's {at_once}; make the loaders with a divisor of bs")
+        self.sizes = dl.photos_in() if self.world_size > 1 else None
         self.opt.zero_grad()                             # a run that broke off may have left half an update's gradients
 
     def before_batch(self):
         self.n = len(self.yb[0])
-        self.count += self.sizes[self.iter] if self.sizes else self.n
-        self.last = self.count >= self.bs or self.iter == self.n_iter-1
+        self.size = self.sizes[self.iter] if self.sizes else self.n
+        self.last = self.count + self.size >= self.bs or self.iter == self.n_iter-1
 
-    def after_loss(self):                                # the mean over processes is taken afterwards
+    def before_backward(self):                           # the mean over processes is taken afterwards
         self.learn.loss_grad = self.loss_grad*(self.n*self.world_size/self.bs)
+    def after_cancel_backward(self): self.size = 0
 
-    def before_step(self):
+    def after_backward(self):
+        self.count += self.size
         if not self.last: raise CancelBatchException()   # keep the gradients, go on
         if self.count != self.bs:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], self.bs/self.count)
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], self.bs/max(self.count, 1))
         self.count = 0
 
 # %% ../nbs/04_training.ipynb #1c1d55fa
@@ -261,14 +271,14 @@ def resnet_learner(
     if precision not in ('fp32', 'bf16', 'fp16'): raise DataError(f"precision is {precision!r}; it must be 'fp32', 'bf16' or 'fp16'")
     if channels_last is None: channels_last = device.type == 'cpu' or precision != 'fp32'
     metrics = [top1_error] + ([top5_error] if len(getattr(dls, 'labels', dls.vocab)) > 5 else [])
-    cbs = [Accumulate(bs), schedule or PlateauLR(patience=patience, min_delta=min_delta), History(), FiniteLoss(), *L(cbs)]
-    if precision != 'fp32' or channels_last: cbs.append(Precision(precision, channels_last))
+    cbs = [Accumulate(bs), schedule or PlateauLR(patience=patience, min_delta=min_delta), History(), FiniteLoss(),
+           Precision(precision, channels_last), *L(cbs)]
     net = build_net(arch, n_out=len(dls.vocab), **kwargs)
     if channels_last: net = net.to(memory_format=torch.channels_last)
     if compile: net.compile()                               # in place: the names of the weights stay
     learn = ResumableLearner(dls, net, loss_func=CrossEntropyLossFlat(), opt_func=opt_func,
                              lr=default_lr(bs) if lr is None else lr, metrics=metrics, wd_bn_bias=decay != 'weights', cbs=cbs)
-    learn.decay,learn.spec = decay,dict(arch=arch, **kwargs) | ({} if precision == 'fp32' else dict(precision=precision))
+    learn.decay,learn.spec = decay,dict(arch=arch, **kwargs) | ({} if learn.precision.kind == 'fp32' else dict(precision=learn.precision.kind))
     return learn
 
 # %% ../nbs/04_training.ipynb #38b23560

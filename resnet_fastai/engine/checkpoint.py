@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 
 from .files import DataError, atomic_write
 from .finite import _what_stands, LossError
+from .precision import Precision
 
 
 def _pack(state):
@@ -102,6 +104,28 @@ class ResumableLearner(Learner):
     def between_updates(self):
         "Are the gradients empty?"
         return not (hasattr(self, 'accumulate') and self.accumulate.count)
+
+    def _do_one_batch(self):
+        "fastai's, but that the forward pass may be in 16 bits"
+        self.pred = self.precision.forward(self.model, *self.xb) if hasattr(self, 'precision') else self.model(*self.xb)
+        self('after_pred')
+        if len(self.yb):
+            self.loss_grad = self.loss_func(self.pred, *self.yb)
+            self.loss = self.loss_grad.clone()
+        self('after_loss')
+        if self.training and len(self.yb): self._do_grad_opt()
+
+    def add_cb(self, cb):
+        "In the place of fastai's `MixedPrecision` comes `Precision`: `to_fp16` and `to_bf16` work on any device, and with accumulation"
+        cb = cb() if isinstance(cb, type) else cb
+        if isinstance(cb, MixedPrecision): cb = Precision(cb.amp_mode.value, **cb.kwargs)
+        if isinstance(cb, Precision) and hasattr(self, 'precision'):
+            cb.channels_last = cb.channels_last or self.precision.channels_last
+            self.remove_cb(self.precision)
+            if self.spec: self.spec = {k: v for k,v in self.spec.items() if k != 'precision'} | ({} if cb.kind == 'fp32' else dict(precision=cb.kind))
+        return super().add_cb(cb)
+
+    def to_fp32(self): return self.add_cb(Precision('fp32'))
 
     def create_opt(self):
         super().create_opt()
