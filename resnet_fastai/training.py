@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.imports import noop
@@ -114,28 +115,32 @@ def default_lr(
 
 # %% ../nbs/04_training.ipynb #40da280a
 class RateDrop(Callback):
-    "What divides the rate by `factor` at some time; `drops` tells when and why"
+    "What divides the rate by `factor` at some time, unless a schedule sets it; `drops` tells when and why"
     order,state_attrs = 60,('drops',)                          # after the Recorder has the epoch's values; what a checkpoint carries
 
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
+    def before_fit(self):
+        self.run = not hasattr(self.learn, 'lr_finder')
+        self.waits = any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in self.cbs)     # fit_one_cycle and the like
     def before_epoch(self): self.trained = False           # validate() and get_preds() are epochs too, without training
-    def after_train(self): self.trained = True
+    def before_train(self): self.trained,self.number = True,len(self.history.rows) if hasattr(self, 'history') else self.epoch
+    def after_epoch(self):
+        if self.trained: self.count()
+        self.trained = False
+    def count(self): "One more epoch"
 
     def drop(self,
         why:str, # For the log
         min_lr:float=0, # The rate falls no lower
     ):
         "Divide the rate, of this fit and of the next ones"
-        old = self.opt.hypers[-1]['lr']
-        self.opt.set_hypers(lr=[min(h['lr'], max(h['lr']/self.factor, min_lr)) for h in self.opt.hypers])
-        self.learn.lr = new = self.opt.hypers[-1]['lr']
+        if self.waits: return
+        old = [float(h['lr']) for h in self.opt.hypers]
+        new = [min(lr, max(lr/self.factor, min_lr)) for lr in old]
+        self.opt.set_hypers(lr=new)
+        self.learn.lr = new if len({*new}) > 1 else new[-1]
         if new == old: return
-        self.drops.append(dict(epoch=self._epoch(), why=why, old=old, new=new))
-        if self.logger != noop: print(f"epoch {self._epoch()}: {why}; rate {old:.4g} → {new:.4g}")
-
-    def _epoch(self):
-        "The number of the epoch that is under way or has just ended, over all fits"
-        return len(self.history.rows) - self.trained if hasattr(self, 'history') else self.epoch
+        self.drops.append(dict(epoch=self.number, why=why, old=old[-1], new=new[-1]))
+        if self.logger != noop: print(f"epoch {self.number}: {why}; rate {old[-1]:.4g} → {new[-1]:.4g}")
 
 # %% ../nbs/04_training.ipynb #5ab2ebdd
 class PlateauLR(RateDrop):
@@ -157,15 +162,20 @@ class PlateauLR(RateDrop):
         if self.monitor not in self.recorder.metric_names:
             raise ValueError(f"PlateauLR monitors {self.monitor!r}; there is {', '.join(self.recorder.metric_names[1:-1])}")
 
-    def after_epoch(self):
-        if not self.trained: return
-        value = self.recorder.values[-1][self.recorder.metric_names.index(self.monitor)-1]
+    def count(self):
+        if (value := self.value()) is None: return
         if value < self.best - self.min_delta: self.best,self.wait = value,0
-        else: self.wait += 1
+        else: self.wait += not self.waits
         if self.cool: self.cool,self.wait = self.cool-1,0
         if self.wait <= self.patience: return
         self.drop(f"{self.monitor} is {value:.4g} after {self.wait} epochs not below {self.best - self.min_delta:.4g}", self.min_lr)
         self.wait,self.cool = 0,self.cooldown
+
+    def value(self) -> float|None: # None where the epoch was cut short before it
+        "The monitored value of the epoch that has just ended"
+        rec = self.recorder
+        values = dict(zip(rec.metric_names[1:], rec.values[-1])) if len(rec.values[-1]) == len(rec.metric_names) - 1 - rec.add_time else {}
+        return None if rec.cancel_valid and not self.monitor.startswith('train_') else values.get(self.monitor)
 
 # %% ../nbs/04_training.ipynb #d233cc01
 class MultiStepLR(RateDrop):
@@ -182,11 +192,8 @@ class MultiStepLR(RateDrop):
     def before_batch(self): self.stepped = False
     def after_step(self): self.stepped = True
     def after_batch(self):
-        if self.training and self.stepped: self._count('updates')
-    def after_epoch(self):
-        if self.trained: self._count('epochs')
-
-    def _count(self, unit):
+        if self.training and self.stepped: self.count('updates')
+    def count(self, unit='epochs'):
         if unit != self.unit: return
         self.done += 1
         if self.done in self.at: self.drop(f'{self.done:,} {unit} are done')
@@ -229,7 +236,18 @@ class History(Callback):
         self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = self.smooth
 
     def before_epoch(self): self.trained,self.start,self.wrong,self.seen = False,time.perf_counter(),0,0
-    def after_train(self): self.trained = True
+    def before_train(self): self.trained = True
+    def after_train(self): self._fill(2 + len(self.metrics)*self.recorder.train_metrics)
+    def after_validate(self): self._fill(len(self.recorder.metric_names) - self.recorder.add_time)
+    def after_cancel_epoch(self):
+        self.recorder.cancel_valid = True
+        self.after_validate()
+
+    def _fill(self, n):
+        "What an epoch that was cut short has not logged, so that each value keeps its place"
+        rec = self.recorder
+        if self.trained and len(rec.log) == 1: rec.log.append(float(rec.smooth_loss.value))
+        if self.trained: rec.log = rec.log + [float('nan')]*(n - len(rec.log))
 
     def after_batch(self):
         "Count the training photos whose best guess is wrong, as they go by"
@@ -238,9 +256,10 @@ class History(Callback):
 
     def after_epoch(self):
         if not self.trained: return self._give_back()       # validate() or get_preds()
-        rec = self.recorder
-        values = dict(zip(rec.metric_names[1:], map(float, rec.values[-1])))
-        row = dict(epoch=len(self.rows), **values, lr=rec.lrs[-1], seconds=time.perf_counter() - self.start)
+        rec,self.trained = self.recorder,False
+        values = {name: float('nan' if v is None else v) for name,v in zip(rec.metric_names[1:], rec.values[-1])}
+        lr = (rec.lrs or [self.opt.hypers[-1]['lr']])[-1]
+        row = dict(epoch=len(self.rows), **values, lr=float(lr), seconds=time.perf_counter() - self.start)
         self.rows.append(row | (dict(train_error=int(self.wrong)/self.seen) if self.seen else {}))
         self.kept,self.smooth = {n: list(getattr(rec, n)) for n in self.lists},(rec.smooth_loss.count, rec.smooth_loss.val)
 
