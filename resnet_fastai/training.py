@@ -221,7 +221,7 @@ class WarmUp(Callback):
 # %% ../nbs/04_training.ipynb #9e8e93b9
 class History(Callback):
     "One row for each epoch, over all fits: losses, errors, rate, seconds; the recorder goes on where it was"
-    order = 51                                              # right after the Recorder has cleared its lists
+    order,remove_on_fetch = 51,True                         # right after the Recorder has cleared its lists; and out of the way with it
     state_attrs = ('rows', 'wrong', 'seen')
     lists = ('lrs', 'iters', 'losses', 'values')            # the recorder's
     def __init__(self): self.rows,self.kept = [],None

@@ -280,7 +280,7 @@ def _refuse_strangers(path, theirs, ours):
 
 class Checkpoint(Callback):
     "Keep a run in a folder: checkpoints from which it goes on exactly, the best weights, and history.csv"
-    order = 100                                             # after all others
+    order,remove_on_fetch = 100,True                        # after all others; not while `FetchPredsCallback` looks at the validation set
     state_attrs = ('best', 'batches', 'updates')
     def __init__(self,
         folder:str|Path, # Made if need be; one for each run
