@@ -31,7 +31,7 @@ from .practice import look, predict_folder, share
 from .practice.look import require_trained, top_labels
 from .training import Checkpoint, resnet_learner
 
-# %% ../nbs/06_core.ipynb #b376cdb3
+# %% ../nbs/06_core.ipynb #ee390535
 def _delegates(first, second):
     "fastcore's `delegates` for two targets: the parameters of both, with their comments"
     @wraps(second)
@@ -39,7 +39,7 @@ def _delegates(first, second):
     linked.__delwrap__ = first                              # where docments looks next
     return lambda f: delegates(linked)(delegates(first, keep=True)(f))
 
-# %% ../nbs/06_core.ipynb #f59d899e
+# %% ../nbs/06_core.ipynb #2d35f55c
 class ResNet:
     "The paper's network on your photos: `fit`, `predict`, `predict_n`, `evaluate`, `save`, `load`"
     @_delegates(resnet_learner, resnet_dls)
@@ -83,7 +83,7 @@ class ResNet:
         about = f'{self.arch}, {len(self.labels)} labels, size {self.size}'
         return f'ResNet({about}, {len(self.history)} epochs)'
 
-# %% ../nbs/06_core.ipynb #047337b3
+# %% ../nbs/06_core.ipynb #d40f4683
 @contextmanager
 def _one_line_errors():
     "A `PhotoError` from a worker process, without that process's traceback"
@@ -105,7 +105,7 @@ def fit(self:ResNet,
     with _one_line_errors(): (self.learn.resume if resume else self.learn.fit)(epochs)
     return self.history
 
-# %% ../nbs/06_core.ipynb #8526b875
+# %% ../nbs/06_core.ipynb #69f9e34d
 @delegates(ResNet)
 def train(
     data_path:str|Path, # Folder with train/ and val/ (and perhaps test/), or the URL of an archive
@@ -121,7 +121,7 @@ def train(
     model.fit(epochs, resume=resume is not None)
     return model.learn
 
-# %% ../nbs/06_core.ipynb #de0350e0
+# %% ../nbs/06_core.ipynb #c7e87995
 @patch
 def predict(self:ResNet,
     image, # A photo (path, URL, bytes, PIL image, array), a list of these, or a folder
@@ -146,7 +146,7 @@ def predict_n(self:ResNet,
     if probs.ndim == 1: return top_labels(probs, self.labels, n)
     return [top_labels(p, self.labels, n) for p in probs]
 
-# %% ../nbs/06_core.ipynb #04495cd9
+# %% ../nbs/06_core.ipynb #28b49e7d
 @patch
 @delegates(inference.evaluate)
 def evaluate(self:ResNet, **kwargs) -> pd.DataFrame: # A row a protocol (and class)
@@ -162,7 +162,7 @@ def predict_folder(self:ResNet,
     "The likeliest labels of every photo, in a table that an interrupted run goes on with"
     return predict_folder.predict_folder(self, photos, **kwargs)
 
-# %% ../nbs/06_core.ipynb #883fa3e4
+# %% ../nbs/06_core.ipynb #31e8acd1
 @patch
 def save(self:ResNet,
     folder:str|Path, # Made if need be
@@ -185,7 +185,7 @@ def _from(cls:ResNet, trained, device):
     model._adopt(None, trained._replace(net=trained.net.to(device)))
     return model
 
-# %% ../nbs/06_core.ipynb #784d5edd
+# %% ../nbs/06_core.ipynb #01c9fba1
 @patch
 @delegates(look.show_prediction)
 def show_prediction(self:ResNet,
@@ -218,7 +218,7 @@ def interpretation(self:ResNet,
     "fastai's `ClassificationInterpretation` of a split"
     return look.interpretation(self, split)
 
-# %% ../nbs/06_core.ipynb #b945d52f
+# %% ../nbs/06_core.ipynb #b7d112d6
 @patch
 @delegates(share.export_model)
 def export(self:ResNet,

@@ -1,4 +1,4 @@
-"""The same, typed in a terminal
+"""Check, train, stop, go on, measure and predict without opening Python
 
 Docs: https://resnet-fastai.github.io/resnet_fastai/practice/cli.html.md"""
 
