@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from patience import communicate
 from resnet_fastai.data import resolve_data
 from resnet_fastai.engine.download import _download
 from resnet_fastai.engine.files import DataError
@@ -238,7 +239,7 @@ def test_two_processes_fetch_at_once(server, tmp_path):
     both = [subprocess.Popen([sys.executable, '-c', code, url, str(tmp_path/'cache')], stdin=-1, stdout=-1, stderr=-1, text=True) for _ in range(2)]
     for p in both:                                                               # both have imported; now go
         p.stdin.write('\n'); p.stdin.flush()
-    said = [p.communicate(timeout=120) for p in both]
+    said = [communicate(p) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     homes = {out.strip().splitlines()[-1] for out, _ in said}
     assert len(homes) == 1 and len(list_photos(homes.pop())) == 500 and len(list((tmp_path/'cache').iterdir())) == 1
