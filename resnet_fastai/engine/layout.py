@@ -133,6 +133,7 @@ def _finish(tmp, dest, labels, encoding):
     write_json(tmp/'labels.json', labels)
     write_json(tmp/'encoding.json', encoding)
     tmp.chmod(0o777 & ~_umask())
+    with suppress(OSError): dest.rmdir()                              # an empty one, which Windows does not replace
     tmp.replace(dest)
     return DataPaths(dest, dest/'labels.json', dest/'encoding.json')
 
