@@ -10,29 +10,33 @@ What other callbacks do in a batch is either part of the graph or runs beside it
 - `'replay'`: its `before_batch`, `after_step` and `after_batch` are bookkeeping. They run for each update, after it was queued.
 - `'log'`: its method `after_replays(iters, losses, wrong, seen)` gets what was logged since the last look.
 
-A callback with hooks in the batch and no `on_graph` makes the learner train without a graph, and the reason is printed."""
+The same goes for those of fastai and of this folder by `_roles`. A callback with hooks in the batch and no role makes the learner train without a graph, and the reason is printed."""
 from __future__ import annotations
 
 from contextlib import contextmanager
 
 import torch
-from fastai.callback.core import CancelBatchException, CancelFitException, Callback, TrainEvalCallback
+from fastai.callback.core import (
+    Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, TrainEvalCallback)
 from fastai.callback.progress import ProgressCallback
 from fastai.imports import noop
 from fastai.learner import CastToTensor, Learner, Recorder
-from fastai.optimizer import average_grad, l2_reg, momentum_step, sgd_step, weight_decay
+from fastai.optimizer import Optimizer, average_grad, l2_reg, momentum_step
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ['CudaGraph', 'DeviceGraph', 'TapeGraph', 'foreach_step', 'why_not']
+from .checkpoint import Checkpoint
+from .finite import FiniteLoss, LossError
+from .precision import Precision
 
-_fastai = {TrainEvalCallback: 'replay', CastToTensor: 'capture', ProgressCallback: 'replay', Recorder: 'log'}
+_roles = {TrainEvalCallback: 'replay', CastToTensor: 'capture', ProgressCallback: 'replay', Recorder: 'log', Precision: 'capture',
+          FiniteLoss: 'log', Checkpoint: 'replay'}
 _host = 'before_batch', 'after_step', 'after_batch'
 _inner = (*_host, 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step', 'after_cancel_step',
           'after_cancel_batch')
-_capturable = {l2_reg, weight_decay, average_grad, sgd_step, momentum_step}      # their state is tensors, changed in place
+_cancels = CancelTrainException, CancelValidException, CancelEpochException, CancelFitException      # each ends more than the one before
 
 
 # --- What captures and replays
@@ -144,7 +148,7 @@ def foreach_step(
 
 # --- Can it be?
 
-def _role(cb): return getattr(cb, 'on_graph', None) if hasattr(type(cb), 'on_graph') else _fastai.get(type(cb))
+def _role(cb): return getattr(cb, 'on_graph', None) if hasattr(type(cb), 'on_graph') else _roles.get(type(cb))
 def _hooks(cb): return [e for e in _inner if hasattr(type(cb), e) or e in vars(cb)]
 def _active(cb): return cb.run and cb.run_train
 
@@ -169,9 +173,7 @@ def why_not(
     if any(getattr(m, '_compiled_call_impl', None) or hasattr(m, '_orig_mod') for m in learn.model.modules()): return "the network is compiled"
     if _hooked(learn.model): return "the network has hooks"
     if learn.recorder.train_metrics: return "the recorder computes metrics of the training batches"
-    for step in getattr(learn.opt, 'cbs', [type(learn.opt)]):
-        if step not in _capturable and not getattr(step, 'capturable', False):
-            return f"the optimizer's {getattr(step, '__name__', step)} may keep numbers that a graph cannot change"
+    if not isinstance(learn.opt, Optimizer): return "the optimizer is none of fastai's"
     for cb in learn.cbs:
         hooks = _hooks(cb) if _active(cb) else []
         if hooks and (_role(cb) is None or _role(cb) == 'replay' and set(hooks) - set(_host)): return f"{cb} works on each batch ({hooks[0]})"
@@ -187,10 +189,11 @@ class _Updates:
         self.losses = torch.zeros(look_every, device=self.device)
         self.at, self.wrong = torch.zeros((), dtype=torch.long, device=self.device), torch.zeros((), dtype=torch.long, device=self.device)
         self.graph = self.key = self.failed = None
-        self.pending, self.warm, self.seen, self.replays, self.short, self.count = [], 0, 0, 0, 0, learn.cuda_graph.count
+        self.make, self.pending, self.warm, self.seen, self.replays, self.short, self.count = None, [], 0, 0, 0, 0, learn.cuda_graph.count
 
     def begin(self):
         "At the start of each epoch"
+        self.end()
         learn, self.dl = self.learn, self.learn.dl
         self.make, self.bs = getattr(self.dl, 'make_batch', None), self.dl.bs
         cbs = [cb for cb in learn.cbs.sorted('order') if _active(cb)]
@@ -235,7 +238,7 @@ class _Updates:
         self.pending.append((i, learn.opt.hypers[-1]['lr']))
         learn.xb, learn.yb, learn.pred, learn.loss = self.out
         try:
-            for hook in self.hooks: hook()
+            self.tell()
             if len(self.pending) == self.look_every or i == learn.n_iter-1: self.flush()
         except BaseException:
             self.flush()
@@ -244,13 +247,21 @@ class _Updates:
             self.flush()
             raise CancelFitException()
 
+    def tell(self):
+        "All hooks, also where one of them ends the epoch or the fit"
+        ends = []
+        for hook in self.hooks:
+            try: hook()
+            except _cancels as e: ends.append(e)
+        if ends: raise max(ends, key=lambda e: _cancels.index(type(e)))
+
     def fits(self, b): return all(torch.is_tensor(t) for t in b) and len(b[-1]) == self.bs and (self.make or len(b) == 2)
 
     def by_itself(self, i, b):
         "One batch as the learner does it: the first ones, and a last one that is smaller"
         self.flush()
         if self.replays: self.learn.opt.zero_grad()                          # a replay leaves its gradients
-        self.replays, self.warm = 0, self.warm+1
+        self.replays, self.warm, self.known = 0, self.warm+1, self.tensors()
         with self.type.aside(self.device): self.own(i, self.make(*b) if self.make else b)
 
     # Capture
@@ -259,6 +270,7 @@ class _Updates:
         "Capture an update with these shapes and hyperparameters; False where that fails"
         learn, self.short = self.learn, self.short+1 if self.graph and self.replays < 5 else 0
         if self.short > 5: return self.give_up("the hyperparameters change with nearly every update")
+        if why := self.unfit(): return self.give_up(why)
         self.flush()
         self.drop()
         learn.xb = learn.yb = learn.pred = learn.loss = learn.loss_grad = None   # an old autograd graph would bring its stream along
@@ -273,6 +285,12 @@ class _Updates:
         self.graph, self.key, self.known, self.replays = graph, key, self.tensors(), 0
         self.count['captures'] += 1
         return True
+
+    def unfit(self):
+        "Does the optimizer keep more than tensors that it changes in place? A graph would not"
+        kept = {k for *_, s, _ in self.learn.opt.all_params() for k, v in s.items() if not isinstance(v, (torch.Tensor, bool))}
+        if kept: return f"the optimizer counts for itself ({', '.join(sorted(kept))})"
+        if not self.graph and self.known != self.tensors(): return "the optimizer exchanges its tensors with each update"
 
     def give_up(self, reason):
         self.failed = reason
@@ -310,13 +328,27 @@ class _Updates:
         learn, (done, self.pending) = self.learn, (self.pending, [])
         losses, wrong = self.losses[:len(done)].cpu(), self.wrong.item()
         self.at.zero_(), self.wrong.zero_()
+        bad = self.bad(losses)
         for cb in self.logs: cb.after_replays([i for i, _ in done], losses, wrong, self.seen*len(done))
         rec, last = learn.recorder, learn.loss
-        for (_, lr), learn.loss in zip(done, losses):                        # as `Recorder.after_batch` does
+        for (_, lr), learn.loss in zip(done[:bad], losses):                  # as `Recorder.after_batch` does
             rec.smooth_loss.accumulate(learn)
             rec.lrs.append(lr)
             rec.losses.append(rec.smooth_loss.value)
-        learn.smooth_loss, learn.loss = rec.smooth_loss.value, last
+            learn.smooth_loss = rec.smooth_loss.value
+        learn.loss = last
+        if bad is not None: self.stop(done[bad][0], losses[bad])
+
+    def bad(self, losses):
+        "The first loss that is no number; None where all are, or nobody minds"
+        if not hasattr(self.learn, 'finite_loss') or not self.learn.finite_loss.run: return None
+        return next((k for k, good in enumerate(torch.isfinite(losses).tolist()) if not good), None)
+
+    def stop(self, i, loss):
+        "What `FiniteLoss` does, some updates later"
+        learn = self.learn
+        learn.iter, learn.loss, learn.xb = i, loss, ((),)
+        raise LossError(learn.finite_loss.say(f'the loss is {loss.item()}'))
 
 
 class CudaGraph(Callback):
@@ -327,7 +359,7 @@ class CudaGraph(Callback):
         warm_up:int=3, # Updates of a fit that run without the graph: buffers, libraries and momentum come into being
         graph=DeviceGraph, # What captures; `TapeGraph` on a CPU, to test
     ):
-        self.look_every, self.warm_up, self.graph, self.updates, self.reason = look_every, max(warm_up, 1), graph, None, None
+        self.look_every, self.warm_up, self.graph, self.updates, self.reason = look_every, max(warm_up, 2), graph, None, None
         self.count = dict(captures=0, replays=0)                             # over all fits
 
     def before_fit(self):
@@ -358,5 +390,6 @@ class CudaGraph(Callback):
 
     def after_fit(self):
         if not self.updates: return
+        self.flush(), self.close()
         self.updates.drop()                                                  # its memory; weights and momentum stay
         self.updates = None
