@@ -279,7 +279,7 @@ def cifar_learner(o, kind, depth, updates, precision, graph, cbs=(), n=50_000, l
     set_seed(0)
     for dl in dls.loaders: dl.rng.seed(0)
     graph = [CudaGraph(look_every=look_every, graph=TapeGraph if o.dry_run else DeviceGraph)] if graph else []
-    learn = c.cifar_learner(dls, depth, kind, updates, precision, [*graph, *cbs], **({} if 'graph' not in c.cifar_learner.__code__.co_varnames else dict(graph=False)))
+    learn = c.cifar_learner(dls, depth, kind, updates, precision, [*graph, *cbs], graph=False)
     return learn, c.epochs(dls, updates)
 
 
@@ -363,8 +363,17 @@ def run(o):
     kind, depth, seed, precision = o.arg.split(',')
     name = f'{kind}{depth}-{seed}'
     folder, updates = (c.draw_cifar(o.work/'cifar', 96, 32), 20) if o.dry_run else (Path(o.cifar), c.paper_updates)
-    more = {k: v for k, v in dict(every=8 if o.dry_run else 4000).items() if k in c.train.__code__.co_varnames}
-    c.train(folder, int(depth), kind, updates, int(seed), o.work/'results'/f'{name}.json', o.work/'runs'/name, precision, cache=o.work, bs=16 if o.dry_run else c.paper_bs, **more)
+
+    class Checkpoint(c.Checkpoint):
+        "An epoch takes half a second here: not each of them is worth a checkpoint"
+        last = 0
+        def save(self, epoch, batch, best=False):
+            if not batch and epoch < self.n_epoch and time.monotonic() - self.last < 10: return
+            super().save(epoch, batch, best)
+            self.last = time.monotonic()
+    c.Checkpoint = Checkpoint
+    c.train(folder, int(depth), kind, updates, int(seed), o.work/'results'/f'{name}.json', o.work/'runs'/name, precision, cache=o.work,
+            bs=16 if o.dry_run else c.paper_bs, every=8 if o.dry_run else 10_000)
     return {}
 
 

@@ -441,7 +441,8 @@ def train(
     results = Results(out or Path(__file__).parent/'results'/f'{name}.json', told, quiet)
     keep = Checkpoint(run_folder or root/'runs'/'cifar10'/name, every=every)
     learn = cifar_learner(dls, depth, kind, updates, precision, [results, keep])
-    results.about |= dict(parameters=count_params(learn.model), macs=count_macs(learn.model, 32))
+    results.about |= dict(parameters=count_params(learn.model), macs=count_macs(learn.model, 32), graph=hasattr(learn, 'cuda_graph'),
+                          tf32=dls.device.type == 'cuda' and precision == 'fp32' and torch.backends.cudnn.allow_tf32)
     if not quiet: learn.resume(epochs(dls, updates)); return learn
     with learn.no_bar(), learn.no_logging(): learn.resume(epochs(dls, updates))
     return learn

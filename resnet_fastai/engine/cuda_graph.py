@@ -148,7 +148,9 @@ def foreach_step(
 
 # --- Can it be?
 
-def _role(cb): return getattr(cb, 'on_graph', None) if hasattr(type(cb), 'on_graph') else _roles.get(type(cb))
+def _role(cb):
+    if hasattr(type(cb), 'on_graph'): return cb.on_graph
+    return next((_roles[t] for t in type(cb).__mro__ if t in _roles), None)
 def _hooks(cb): return [e for e in _inner if hasattr(type(cb), e) or e in vars(cb)]
 def _active(cb): return cb.run and cb.run_train
 
