@@ -1,17 +1,16 @@
-"""CUDA graphs for small networks: an update is captured once and replayed, so that kernel launches cost no time.
-
-An update of ResNet-20 is several hundred kernels of a few microseconds each; launched one by one from Python they take far longer than
-they run. `CudaGraph` captures augmentation, forward pass, backward pass and optimizer step of one update, replays them for each batch,
-and captures anew when a hyperparameter changes. Losses and errors are logged on the device and read every `look_every` updates.
-
-What other callbacks do in a batch is either part of the graph or runs beside it; a callback says which in its class attribute `on_graph`:
-
-- `'capture'`: its hooks are work for the device, the same for each batch. They run once, while the graph is captured.
-- `'replay'`: its `before_batch`, `after_step` and `after_batch` are bookkeeping. They run for each update, after it was queued.
-- `'log'`: its method `after_replays(iters, losses, wrong, seen)` gets what was logged since the last look.
-
-The same goes for those of fastai and of this folder by `_roles`. A callback with hooks in the batch and no role makes the learner train without a graph, and the reason is printed."""
-from __future__ import annotations
+"""Capture an update in a CUDA graph and replay it, so that the kernel launches of a small network cost no time."""
+# An update of ResNet-20 is several hundred kernels of a few microseconds each; launched one by one from Python they take far longer than
+# they run. `CudaGraph` captures augmentation, forward pass, backward pass and optimizer step of one update, replays them for each batch,
+# and captures anew when a hyperparameter changes. Losses and errors are logged on the device and read every `look_every` updates.
+#
+# What other callbacks do in a batch is either part of the graph or runs beside it; a callback says which in its class attribute `on_graph`:
+#
+# - `'capture'`: its hooks are work for the device, the same for each batch. They run once, while the graph is captured.
+# - `'replay'`: its `before_batch`, `after_step` and `after_batch` are bookkeeping. They run for each update, after it was queued.
+# - `'log'`: its method `after_replays(iters, losses, wrong, seen)` gets what was logged since the last look.
+#
+# Those of fastai and of this folder are in `_roles`. A callback with hooks in the batch and no role makes the learner train without a
+# graph, and the reason is printed.
 
 from contextlib import contextmanager
 
