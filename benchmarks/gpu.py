@@ -362,7 +362,7 @@ def run(o):
     import cifar10 as c
     kind, depth, seed, precision = o.arg.split(',')
     name = f'{kind}{depth}-{seed}'
-    folder, updates = (c.draw_cifar(o.work/'cifar', 96, 32), 20) if o.dry_run else (Path(o.cifar), c.paper_updates)
+    folder, updates = (c.draw_cifar(o.tmp/'cifar', 96, 32), 20) if o.dry_run else (Path(o.cifar), c.paper_updates)
 
     class Checkpoint(c.Checkpoint):
         "An epoch takes half a second here: not each of them is worth a checkpoint"
@@ -503,7 +503,7 @@ def child(o):
 class Whole:
     "The order of the steps, their time limits, and what is known so far"
     def __init__(self, o):
-        self.o, self.end, self.stopped, self.children = o, time.monotonic() + 60*o.minutes, False, []
+        self.o, self.end, self.stopped, self.children, self.env = o, time.monotonic() + 60*o.minutes, False, [], {}
         self.file = o.work/'gpu.json'
         for f in (o.out, o.resume): self.take(f)
         self.known = load(self.file) or dict(steps={}, rates={}, cifar={})
@@ -524,12 +524,26 @@ class Whole:
         store(self.file, self.known)
         store(self.o.out/'gpu.json', self.known)
 
+    @contextmanager
+    def mps(self):
+        "NVIDIA's service that lets kernels of several processes run at the same time; only with --mps, in a folder of its own"
+        control, place = shutil.which('nvidia-cuda-mps-control'), self.o.work/'mps'
+        if not self.o.mps or not control: return (yield)
+        place.mkdir(parents=True, exist_ok=True)
+        self.env = dict(CUDA_MPS_PIPE_DIRECTORY=str(place), CUDA_MPS_LOG_DIRECTORY=str(place))
+        try:
+            subprocess.run([control, '-d'], env=os.environ | self.env, timeout=20)
+            yield
+        finally:
+            with suppress(subprocess.SubprocessError): subprocess.run([control], input='quit\n', text=True, env=os.environ | self.env, timeout=20)
+            self.env = {}
+
     def start(self, step, name, *more):
         log = self.o.work/'logs'/f'{name}.txt'
         log.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError): (self.o.work/'steps'/f'{name}.json').unlink()
         env = os.environ | dict(MPLBACKEND='Agg', PYTHONPATH=os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])]),
-                                FASTAI_HOME=str(self.o.work/'fastai'))
+                                FASTAI_HOME=str(self.o.work/'fastai')) | self.env
         with open(log, 'w') as f:
             p = subprocess.Popen([*me(self.o, step), '--name', name, *map(str, more)], stdout=f, stderr=subprocess.STDOUT, env=env, cwd=root, start_new_session=True)
         p.name, p.log, p.began = name, log, time.monotonic()
@@ -558,7 +572,7 @@ class Whole:
         while (queue or going) and not self.stopped:
             while queue and len(going) < at_a_time and self.left() > 30:
                 name, seconds = queue.pop(0)
-                going[self.start(name, name)] = min(seconds, self.left() - 5)
+                going[self.start(name, name)] = min(seconds*(10 if self.o.dry_run else 1), self.left() - 5)      # the processor may be busy
             if not going: break
             time.sleep(.1)
             for p, limit in list(going.items()):
@@ -575,13 +589,13 @@ class Whole:
 
     def rate(self, kind, depth, precision, how, n=1):
         "Updates a second of n equal networks side by side: of all together; None where it fails"
-        key = f'{n} × {kind}-{depth}, {precision}, {how}'
+        key = f'{n} × {kind}-{depth}, {precision}, {how}' + (', MPS' if self.env else '')
         if key not in self.known['rates']:
             if self.left() < 45 or self.stopped: return None
             tmp = self.o.work/'tmp'/f'rate-{key}'
             shutil.rmtree(tmp, ignore_errors=True)
             going = [self.start('rate', f'rate-{n}-{kind}{depth}-{precision}-{how}-{i}', '--arg', f'{kind},{depth},{precision},{how},{n},{i}', '--tmp', tmp) for i in range(n)]
-            until = time.monotonic() + min(90, self.left() - 10)
+            until = time.monotonic() + min(900 if self.o.dry_run else 90, self.left() - 10)
             while any(p.poll() is None for p in going) and time.monotonic() < until and not self.stopped and not any(p.returncode for p in going): time.sleep(.05)
             for p in going: self.stop(p, 1)
             each = [self.result(p) for p in going]
@@ -596,13 +610,12 @@ class Whole:
     def choose(self):
         "The precision that is faster, and how many networks at a time: the fewest that reach nine tenths of the best"
         if 'choice' in self.known: return
-        deep = 14 if self.o.dry_run else 56
-        small_ = 8 if self.o.dry_run else 20
-        for how in ('graph', 'eager'): self.rate('resnet', small_, 'bf16', how)
+        small_, deep = (8, 14) if self.o.dry_run else (20, 56)
+        if not self.o.dry_run: self.rate('resnet', small_, 'bf16', 'eager')
         both = {p: self.rate('resnet', small_, p, 'graph') or 0 for p in ('fp32', 'bf16')}
-        self.rate('resnet', deep, 'bf16', 'graph')
+        if not self.o.dry_run: self.rate('resnet', deep, 'bf16', 'graph')
         precision = 'bf16' if both['bf16'] > 1.1*both['fp32'] else 'fp32'    # the paper's precision, unless the other one is clearly faster
-        together = {n: self.rate('resnet', small_, precision, 'graph', n) or 0 for n in (side_by_side[:2] if self.o.dry_run else side_by_side)}
+        together = {n: self.rate('resnet', small_, precision, 'graph', n) or 0 for n in ((1, 2) if self.o.dry_run else side_by_side)}
         if not any(together.values()) and self.left() < 60: return
         best = max(together.values())
         self.known['choice'] = dict(precision=precision, at_a_time=min(n for n, r in together.items() if r >= .9*best))
@@ -620,7 +633,7 @@ class Whole:
     def cifar(self):
         "Whole runs, until the time is over"
         choice, queue, going = self.known['choice'], [], {}
-        for kind, depth, seed in ([('resnet', 8, 0), ('plain', 8, 0), ('resnet', 14, 0)] if self.o.dry_run else runs):
+        for kind, depth, seed in ([('resnet', 8, 0), ('plain', 8, 0)] if self.o.dry_run else runs):
             if self.look(f'{kind}{depth}-{seed}').get('updates_done', 0) < (20 if self.o.dry_run else 64_000): queue.append((kind, depth, seed))
         failed = 0
         while (queue or going) and self.left() > 25 and not self.stopped and failed < 3:
@@ -698,9 +711,10 @@ class Whole:
         if 'checks' in parts: self.steps(checks, 2 if self.o.dry_run else 4)
         if 'rates' in parts: self.steps(rates, 1)
         if 'cifar' in parts and not self.stopped:
-            self.choose()
-            if not self.o.cifar and not self.o.dry_run: print('no CIFAR-10: give its folder by --cifar', flush=True)
-            elif 'choice' in self.known: self.cifar()
+            with self.mps():
+                self.choose()
+                if not self.o.cifar and not self.o.dry_run: print('no CIFAR-10: give its folder by --cifar', flush=True)
+                elif 'choice' in self.known: self.cifar()
         for p in list(self.children): self.stop(p, 2)
         self.bundle()
         (self.o.out/'table.txt').write_text(self.table() + '\n')
@@ -728,7 +742,7 @@ def cifar_folder(o):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--minutes', type=float, help='after which it has ended; default: 12, and 5 with --dry-run')
+    p.add_argument('--minutes', type=float, help='after which it has ended; default: 12, and 60 with --dry-run')
     p.add_argument('--out', type=Path, help='gpu.json, runs.tar and table.txt; default: runs/gpu, and runs/gpu-dry with --dry-run')
     p.add_argument('--work', type=Path, help='checkpoints, logs and photos; default: runs/gpu-work, runs/gpu-dry-work')
     p.add_argument('--resume', type=Path, help='a folder with gpu.json and runs.tar of an earlier call')
@@ -736,12 +750,13 @@ def main():
     p.add_argument('--parts', nargs='+', choices=['checks', 'rates', 'cifar'], default=['checks', 'rates', 'cifar'])
     p.add_argument('--only', nargs='+', help=f'of the checks and rates these: {", ".join([*checks, *rates])}')
     p.add_argument('--again', action='store_true', help='also what failed in an earlier call')
+    p.add_argument('--mps', action='store_true', help="CIFAR-10's processes share the GPU by NVIDIA's MPS, where it is installed")
     p.add_argument('--dry-run', action='store_true', help='in small, on the processor')
     for hidden in ('--step', '--name', '--arg', '--tmp'): p.add_argument(hidden, help=argparse.SUPPRESS)
     o = p.parse_args()
     o.work = (o.work or root/'runs'/('gpu-dry-work' if o.dry_run else 'gpu-work')).resolve()
     if o.step: return child(o)
-    o.minutes = o.minutes or (5 if o.dry_run else 12)
+    o.minutes = o.minutes or (60 if o.dry_run else 12)
     o.out = (o.out or root/'runs'/('gpu-dry' if o.dry_run else 'gpu')).resolve()
     o.out.mkdir(parents=True, exist_ok=True)
     o.only = o.only and {*o.only, 'machine'}

@@ -85,7 +85,8 @@ def left(learn):
 def same(a, b):
     if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else np.array_equal(a, b)
+    if torch.is_tensor(a): return torch.equal(a, b)
+    return np.array_equal(a, b) or a != a and b != b              # NaN: what an epoch that was cut short has not measured
 
 
 def differences(a, b): return [k for k in a if not same(a[k], b[k])]

@@ -49,7 +49,9 @@ class DeviceGraph:
     ): self.device, self.graph = device, torch.cuda.CUDAGraph()
 
     @classmethod
-    def _stream(cls, device): return cls._streams.setdefault(str(device), torch.cuda.Stream(device))
+    def _stream(cls, device):
+        if device not in cls._streams: cls._streams[device] = torch.cuda.Stream(device)
+        return cls._streams[device]
 
     @classmethod
     @contextmanager
