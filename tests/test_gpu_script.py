@@ -193,3 +193,19 @@ def test_without_a_gpu_it_says_so(tmp_path):
     if torch.cuda.is_available(): pytest.skip('there is a GPU')
     done = call(tmp_path, '--parts', 'checks')
     assert done.returncode == 1 and 'no GPU was found' in done.stderr and '--dry-run' in done.stderr
+
+
+def test_the_imagenet_page_reads_what_the_script_writes(tmp_path):
+    nb = json.loads((root/'nbs'/'experiments'/'imagenet.ipynb').read_text(encoding='utf-8'))
+    cell = next(''.join(c['source']) for c in nb['cells'] if 'def measured_gpu(' in ''.join(c['source']))
+    scope = dict(json=json, Path=Path)
+    exec(cell[:cell.index('\nfound = ')], scope)
+    def asked(value):
+        (tmp_path/'gpu.json').write_text(json.dumps(value))
+        return scope['measured_gpu'](tmp_path/'gpu.json')
+    loops = {"bare, torchvision's network": dict(photos_per_s=9.), 'ours': dict(photos_per_s=5.)}
+    known = dict(dry_run=False, steps=dict(machine=dict(gpu='H100'), train_step=dict(ok=True, loops=loops)))
+    assert scope['measured_gpu'](tmp_path/'none.json') is None and asked(known | dict(dry_run=True)) is None
+    assert asked(known) == (5., 'H100') and asked(dict(dry_run=False, steps=dict(machine=dict(gpu='H100')))) is None
+    known['steps']['train_step_compiled'] = dict(ok=True, loops={'ours, compiled': dict(photos_per_s=7.)})
+    assert asked(known) == (7., 'H100')
