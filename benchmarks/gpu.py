@@ -443,7 +443,7 @@ def loader(o):
     store(o.tmp/'labels.json', {p.stem: 'zigzag' for p in photos} | {'v': 'zigzag'})
     store(o.tmp/'encoding.json', dict(zigzag=0, other=1))
     stats = ColorStats([.48, .457, .408], [.2175, .0188, .0045], [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
-    dls = resnet_dls(o.tmp/'jpegs', o.tmp/'labels.json', o.tmp/'encoding.json', bs=bs, num_workers=cores, stats=stats, size=64 if o.dry_run else 224)
+    dls = resnet_dls(o.tmp/'jpegs', o.tmp/'labels.json', o.tmp/'encoding.json', micro_bs=bs, num_workers=cores, stats=stats, size=64 if o.dry_run else 224)
     seen, start, times = 0, None, []
     for x, _ in dls.train:
         sync()
