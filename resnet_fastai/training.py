@@ -26,9 +26,11 @@ from fastai.imports import noop
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import l2_reg, Optimizer, SGD
 from fastai.torch_core import maybe_gather
+from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .engine.checkpoint import Checkpoint, ResumableLearner
+from .engine.cuda_graph import CudaGraph
 from .engine.files import DataError
 from .engine.fine_tuning import FrozenBN, stage_groups
 from .engine.finite import FiniteLoss
@@ -270,6 +272,14 @@ class History(Callback):
     @property
     def df(self): return pd.DataFrame(self.rows)
 
+# %% ../nbs/04_training.ipynb #7be41d55
+Accumulate.on_graph,RateDrop.on_graph,WarmUp.on_graph,History.on_graph = 'capture','replay','replay','log'
+
+@patch
+def after_replays(self:History, iters, losses, wrong, seen):
+    "Count photos of updates from a CUDA graph"
+    self.wrong,self.seen = self.wrong + wrong,self.seen + seen
+
 # %% ../nbs/04_training.ipynb #bcf101b9
 def resnet_learner(
     dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos, classes and a `vocab`
@@ -286,6 +296,7 @@ def resnet_learner(
     compile:bool=False, # Let PyTorch compile the network: a slow first batch, faster ones later
     weights=None, # What to start from, as `read_weights` takes it: 'imagenet', a file, a folder, a `ResNet`; None: drawn anew
     train_bn:bool=True, # While layers are frozen, their BN goes on learning; False: it keeps weights and statistics
+    graph:bool=False, # Replay updates from a CUDA graph: for small networks on a GPU
     cbs=None, # More fastai callbacks
     metrics=None, # More metrics, beside `top1_error` and `top5_error`
     loss_func=None, # None: `CrossEntropyLossFlat()`
@@ -310,6 +321,7 @@ def resnet_learner(
     started = start_from(net, dls, weights, kwargs)
     if channels_last: net = net.to(memory_format=torch.channels_last)
     if compile: net.compile()                               # in place: the names of the weights stay
+    if graph: cbs.append(CudaGraph())
     learn = ResumableLearner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,
                              lr=default_lr(bs) if lr is None else lr, metrics=metrics, wd_bn_bias=decay != 'weights',
                              train_bn=train_bn, splitter=stage_groups, cbs=cbs)

@@ -14,8 +14,9 @@ from PIL import Image, ImageOps
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import demo_data
 from resnet_fastai.engine.files import DataError
-from resnet_fastai.inference import crop_boxes, evaluate, paper_scales, predict_probs, protocol_boxes, protocol_scales
+from resnet_fastai.inference import crop_boxes, evaluate, predict_probs, protocol_boxes
 from resnet_fastai.practice import protocol
+from resnet_fastai.practice.protocol import protocol_scales
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -20,7 +20,8 @@ from ..engine.fast_net import _bare, weights_hash
 from ..engine.files import DataError, PhotoError, atomic_write, quote, write_json
 from ..engine.layout import list_photos, PhotoList
 from ..engine.splits import model_parts
-from ..inference import _answers, protocol_scales
+from ..engine.protocols import split_protocol
+from ..inference import _answers
 
 
 _formula, _number = re.compile(r"'*[=+\-@\t\r]"), re.compile(r'[-+]?[0-9.]+(e[-+]?[0-9]+)?')
@@ -165,7 +166,7 @@ def predict_folder(
     "The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too)"
     parts = model_parts(model)
     protocol = protocol or parts.protocol
-    protocol_scales(protocol, parts.size)                                       # or its error
+    split_protocol(protocol, parts.size)                                       # or its error
     known = len(parts.labels)
     if n is None: n = min(5, known)
     if type(n) is not int or not 1 <= n <= known:

@@ -7,11 +7,20 @@ from fastai.imports import noop
 from fastai.torch_core import rank_distrib
 
 from ..engine.files import DataError
+from ..engine.protocols import protocols as tried, split_protocol
 from ..engine.scores import wilson
 from ..engine.splits import labelled_split, model_parts
-from ..inference import _answers, protocol_scales
+from ..inference import _answers, paper_scales
 
-tried = '1crop', '10crop', '50crop', 'dense'
+
+def protocol_scales(
+    protocol:str, # '1crop', '10crop', '50crop', 'dense'; or at lengths of its own: '10crop@110,128'
+    size:int=224, # Side of the crops, pixels
+) -> tuple: # ('1crop', '10crop', '50crop' or 'dense'; lengths of the shorter side, pixels)
+    "What a protocol does: its kind, and the lengths to which it resizes a photo"
+    kind, scales = split_protocol(protocol, size)
+    usual = paper_scales(size)
+    return kind, scales or (usual if kind in ('50crop', 'dense') else usual[1:2])
 
 
 def training_scales(

@@ -38,7 +38,8 @@ from ..data import LabelMap
 from ..engine.files import DataError, read_json_object, atomic_write
 from ..engine.weight_sources import read_weights
 from ..engine.weights import config_sum, imagenet_mean, imagenet_std, json_bytes, misfit, saved_tensors, scaled
-from ..inference import paper_scales, protocol_scales
+from ..inference import paper_scales
+from .protocol import protocol_scales
 from ..model import build_net
 
 # %% ../../nbs/practice/share.ipynb #a35dbcec
