@@ -111,16 +111,6 @@ def test_constraints_cover_all_that_gets_installed():
     assert len(seen) > 50 and not seen - pinned
 
 
-def test_modules_import_from_lower_chapters_only():
-    order = {p.stem.split('_', 1)[1]: p.stem.split('_')[0] for p in (root/'nbs').glob('[0-9]*.ipynb')}
-    assert set(order) == {p.stem for p in (root/'resnet_fastai').glob('[!_]*.py')}
-    for name, number in order.items():
-        text = (root/'resnet_fastai'/f'{name}.py').read_text(encoding='utf-8')
-        used = re.findall(r'^from \.(\w+) import', text, re.M) + re.findall(r'\b[a-z]+\b', ' '.join(re.findall(r'^from \. import (.+)', text, re.M)))
-        assert used or name in ('data', 'model', 'cli'), f'{name} imports no other chapter'
-        assert all(order[u] < number for u in used if u != 'version'), f'{name} imports {used}'
-
-
 def test_readme_links_to_what_exists():
     links = re.findall(r'(!?)\[([^\]]*)\]\((?!\w+:)([^)\s]+)\)', (root/'README.md').read_text(encoding='utf-8'))
     assert any(picture for picture, _, _ in links)
