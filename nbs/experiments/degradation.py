@@ -19,7 +19,6 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 from PIL import ImageOps
 
-from cifar10 import commit, machine
 from resnet_fastai.data import draw_photo, write_json
 from resnet_fastai.training import StepLR, WarmUp, resnet_learner
 
@@ -144,6 +143,7 @@ def main(argv=None):
     p.add_argument('--out', type=Path, default=stored, help='the JSON file; default: nbs/experiments/results/degradation.json')
     p.add_argument('--threads', type=int, help='of the processor; default: all')
     args = p.parse_args(argv)
+    from cifar10 import commit, machine                              # beside this script; lessons that import this one lack the path
     if args.threads: torch.set_num_threads(args.threads)
     start, command = time.time(), 'python nbs/experiments/degradation.py'
     if tuple(args.seeds) != seeds: command += f" --seeds {' '.join(map(str, args.seeds))}"
