@@ -35,7 +35,8 @@ def arguments(doc, **more):
 
 def photos(folder=None):
     "Paths of JPEG photos about as large as ImageNet's, and what they are"
-    from resnet_fastai.data import draw_photo, list_photos
+    from resnet_fastai.engine.demo_photos import draw_photo
+    from resnet_fastai.engine.layout import list_photos
     if folder: return [p for p in list_photos(folder) if p.suffix.lower() in ('.jpg', '.jpeg')], str(folder)
     tmp, real = Path(tempfile.mkdtemp()), root.parent/'shared'/'data'/'photos.tar'
     if real.exists():

@@ -16,19 +16,22 @@ from fastai.torch_core import default_device, set_seed
 from fastprogress import fastprogress
 
 from benchmarks.fifty_crop import stats
-from resnet_fastai.data import LabelMap, open_photo
-from resnet_fastai.inference import batch_size, crop_asker, cut_looks, distinct, predict_folder, protocol_looks
+from resnet_fastai.data import LabelMap
+from resnet_fastai.engine.photo import open_photo
+from resnet_fastai.engine.batching import batch_size
+from resnet_fastai.inference import make_predictor, extract_crops, unique_crops, protocol_boxes
+from resnet_fastai.practice.predict_folder import predict_folder
 from resnet_fastai.model import build_net
 
 
 def cut(path, protocol, size):
     img = open_photo(path)
-    return cut_looks(img, distinct([protocol_looks(protocol, *img.size, size)])[0], size)
+    return extract_crops(img, unique_crops([protocol_boxes(protocol, *img.size, size)])[0], size)
 
 
 def alone(net, crops, size):
     "The network on batches that are ready"
-    batches, (ask, _) = crops.split(batch_size(net, size)), crop_asker(net, stats, size)
+    batches, (ask, _) = crops.split(batch_size(net, size)), make_predictor(net, stats, size)
     return lambda: [ask(b).cpu() for b in batches]
 
 

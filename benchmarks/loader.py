@@ -23,7 +23,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from resnet_fastai.augment import ScaleJitterCrop
-from resnet_fastai.data import Photo, list_photos
+from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.photo import Photo
 from resnet_fastai.practice.prepare import shrink_photos
 
 

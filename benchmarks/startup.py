@@ -23,7 +23,7 @@ from benchmarks.common import arguments, write
 def tree(root, n_train, n_val, classes=1000):
     "The files and the two JSON files"
     import numpy as np
-    from resnet_fastai.data import draw_photo
+    from resnet_fastai.engine.demo_photos import draw_photo
     few = [root/f'{i}.jpg' for i in range(8)]
     for i, p in enumerate(few): draw_photo('dots', np.random.default_rng(i)).resize((48, 40)).save(p, quality=80)
     labels, wnids = {}, [f'n{1_000_000 + 7919*c:08}' for c in range(classes)]

@@ -23,11 +23,12 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from . import inference
-from .practice import look, share
-from .data import DataError, PhotoError, resnet_dls
+from .practice import look, predict_folder, share
+from .data import resnet_dls
+from .engine.files import DataError, PhotoError
 from .inference import predict_probs
-from .practice.look import ready, top_labels
-from .practice.distributed import distribute
+from .practice.look import require_trained, top_labels
+from .engine.distributed import distribute
 from .training import Checkpoint, resnet_learner
 
 # %% ../nbs/06_core.ipynb #bc995ae3
@@ -83,7 +84,7 @@ class ResNet:
 def _plainly():
     "A `PhotoError` out of a worker process as the sentence it began as"
     try: yield
-    except PhotoError as e: raise PhotoError(str(e).strip().splitlines()[-1].removeprefix('resnet_fastai.data.PhotoError: ')) from None
+    except PhotoError as e: raise PhotoError(str(e).strip().splitlines()[-1].removeprefix('resnet_fastai.engine.files.PhotoError: ')) from None
 
 @patch
 def fit(self:ResNet,
@@ -119,7 +120,7 @@ def predict(self:ResNet,
     **kwargs, # For `predict_probs`: scales, lighting, bs, precision
 ) -> np.ndarray: # (n_out,) float32 that sums to 1; [i] belongs to the label whose index is i; for a list or folder one row each
     "The probabilities of a photo, averaged over its 50 crops"
-    t = ready(self)
+    t = require_trained(self)
     return predict_probs(t.net, image, t.stats, t.size, **kwargs)
 
 @patch
@@ -183,13 +184,13 @@ def evaluate(self:ResNet, **kwargs) -> pd.DataFrame: # A row a protocol, or a ro
     return inference.evaluate(self, **kwargs)
 
 @patch
-@delegates(inference.predict_folder)
+@delegates(predict_folder.predict_folder)
 def predict_folder(self:ResNet,
     photos:str|Path|list, # A folder, searched to the bottom, or a list of paths
     **kwargs
 ) -> pd.DataFrame: # id, label_1, prob_1, …, error
     "The likeliest labels of every photo, in a table that an interrupted run goes on with"
-    return inference.predict_folder(self, photos, **kwargs)
+    return predict_folder.predict_folder(self, photos, **kwargs)
 
 # %% ../nbs/06_core.ipynb #f3a90ba8
 @patch

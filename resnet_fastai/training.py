@@ -6,42 +6,29 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/training.html.md"""
 
 # %% auto #0
 __all__ = ['paper_sgd', 'caffe_velocity', 'caffe_step', 'caffe_sgd', 'Accumulate', 'top1_error', 'top5_error', 'default_lr',
-           'RateDrop', 'PlateauLR', 'StepLR', 'WarmUp', 'History', 'fast_precision', 'Precision', 'LossError',
-           'batch_names', 'FiniteLoss', 'get_rng', 'set_rng', 'batches_from', 'ResumableLearner', 'run_identity',
-           'Checkpoint', 'read_checkpoint', 'resnet_learner', 'plot_history']
+           'RateDrop', 'PlateauLR', 'MultiStepLR', 'WarmUp', 'History', 'resnet_learner', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #9c4cc2fc
-import hashlib
-import io
-import os
-import pickle
-import random
-import signal
-import threading
 import time
-import zipfile
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401  the progress bar of every fit
 import fastai.callback.schedule  # noqa: F401  learn.lr_find
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.core import CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, Callback
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.data.core import DataLoaders
 from fastai.imports import noop
-from fastai.learner import Learner, Recorder
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import SGD, Optimizer, l2_reg
-from fastai.torch_core import maybe_gather, num_distrib, rank_distrib
-from fastcore.basics import patch
+from fastai.optimizer import l2_reg, Optimizer, SGD
+from fastai.torch_core import maybe_gather
 from fastcore.foundation import L
-from torch import nn
 
-from .data import DataError, replacing
+from .engine.checkpoint import Checkpoint, ResumableLearner
+from .engine.files import DataError
+from .engine.finite import FiniteLoss
+from .engine.precision import fast_precision, Precision
 from .model import build_net
 
 # %% ../nbs/04_training.ipynb #a260c9ab
@@ -75,8 +62,8 @@ class Accumulate(Callback):
     ): self.bs = bs
 
     def before_train(self):
-        self.count,self.ranks = 0,getattr(self.dls.train, 'ranks', 1)
-        self.sizes = self.dls.train.photos_in() if self.ranks > 1 else None
+        self.count,self.world_size = 0,getattr(self.dls.train, 'world_size', 1)
+        self.sizes = self.dls.train.photos_in() if self.world_size > 1 else None
         self.opt.zero_grad()                             # a run that broke off may have left half an update's gradients
 
     def before_batch(self):
@@ -85,7 +72,7 @@ class Accumulate(Callback):
         self.last = self.count >= self.bs or self.iter == self.n_iter-1
 
     def after_loss(self):                                # the mean over processes is taken afterwards
-        self.learn.loss_grad = self.loss_grad*(self.n*self.ranks/self.bs)
+        self.learn.loss_grad = self.loss_grad*(self.n*self.world_size/self.bs)
 
     def before_step(self):
         if not self.last: raise CancelBatchException()   # keep the gradients, go on
@@ -118,7 +105,7 @@ def default_lr(
 # %% ../nbs/04_training.ipynb #40da280a
 class RateDrop(Callback):
     "What divides the rate by `factor` at some time; `drops` tells when and why"
-    order,carried = 60,('drops',)                          # after the Recorder has the epoch's values; what a checkpoint carries
+    order,state_attrs = 60,('drops',)                          # after the Recorder has the epoch's values; what a checkpoint carries
 
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
     def before_epoch(self): self.trained = False           # validate() and get_preds() are epochs too, without training
@@ -143,7 +130,7 @@ class RateDrop(Callback):
 # %% ../nbs/04_training.ipynb #5ab2ebdd
 class PlateauLR(RateDrop):
     "Divide the rate by `factor` when the monitored value has not improved for more than `patience` epochs"     # §3.4
-    carried = ('drops', 'best', 'wait', 'cool')
+    state_attrs = ('drops', 'best', 'wait', 'cool')
     def __init__(self,
         monitor:str='valid_loss', # 'valid_loss', 'train_loss', or the name of a metric, like 'top1_error'; smaller is better
         factor:float=10, # What the rate is divided by
@@ -171,15 +158,15 @@ class PlateauLR(RateDrop):
         self.wait,self.cool = 0,self.cooldown
 
 # %% ../nbs/04_training.ipynb #d233cc01
-class StepLR(RateDrop):
+class MultiStepLR(RateDrop):
     "Divide the rate by `factor` after given numbers of epochs or updates, counted over all fits"      # §4.2: 32k and 48k updates
-    carried = ('drops', 'done')
+    state_attrs = ('drops', 'done')
     def __init__(self,
         epochs:tuple=(), # Epochs after which the rate falls
         updates:tuple=(), # Updates after which the rate falls
         factor:float=10, # What the rate is divided by
     ):
-        if bool(epochs) == bool(updates): raise DataError("StepLR needs epochs=(…) or updates=(…), one of the two")
+        if bool(epochs) == bool(updates): raise DataError("MultiStepLR needs epochs=(…) or updates=(…), one of the two")
         self.at,self.unit,self.factor,self.drops,self.done = {*(epochs or updates)},'epochs' if epochs else 'updates',factor,[],0
 
     def before_batch(self): self.stepped = False
@@ -197,7 +184,7 @@ class StepLR(RateDrop):
 # %% ../nbs/04_training.ipynb #f4270806
 class WarmUp(Callback):
     "A small rate until the training error, the mean of the last `window` batches, falls below `until`"      # §4.2
-    order,run_valid,carried = 61,False,('errors', 'over')
+    order,run_valid,state_attrs = 61,False,('errors', 'over')
     def __init__(self,
         lr:float=.01, # The rate until then; afterwards it is the learner's own
         until:float=.8, # Training error, 0 to 1
@@ -218,7 +205,7 @@ class WarmUp(Callback):
 class History(Callback):
     "One row for each epoch, over all fits: losses, errors, rate, seconds; the recorder goes on where it was"
     order = 51                                              # right after the Recorder has cleared its lists
-    carried = ('rows', 'wrong', 'seen')
+    state_attrs = ('rows', 'wrong', 'seen')
     lists = ('lrs', 'iters', 'losses', 'values')            # the recorder's
     def __init__(self): self.rows,self.kept = [],None
 
@@ -250,510 +237,6 @@ class History(Callback):
     @property
     def df(self): return pd.DataFrame(self.rows)
 
-# %% ../nbs/04_training.ipynb #e6019d84
-def fast_precision(
-    device, # Where the network is: a `torch.device`, or its name
-) -> str: # 'bf16' or 'fp32'
-    "The fastest precision that keeps the result: bf16 where the hardware computes in it"
-    kind = torch.device(device).type
-    if kind == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 or torch.version.hip else 'fp32'
-    has = [getattr(torch.cpu, f'_is_{what}_supported', lambda: False)() for what in ('avx512_bf16', 'amx_tile')]
-    return 'bf16' if kind == 'cpu' and any(has) else 'fp32'
-
-# %% ../nbs/04_training.ipynb #7ffc038c
-class Precision(Callback):
-    "Forward and backward passes in 16 bits; weights, BN's statistics, loss and updates in 32"
-    order = 70                                              # after `Accumulate` has let the update through
-    def __init__(self,
-        dtype:str='bf16', # 'bf16' or 'fp16'
-        channels_last:bool=False, # Photos in the order that 16-bit convolutions like
-    ): self.dtype,self.channels_last,self.cast = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[dtype],channels_last,None
-
-    def before_fit(self):
-        if self.dtype is torch.float16: self.learn.scaler = torch.amp.GradScaler(self._device())
-    def _device(self): return next(self.model.parameters()).device.type
-    def before_batch(self):
-        if self.channels_last: self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) for x in self.xb)
-        self.cast = torch.autocast(self._device(), self.dtype, enabled=self.dtype is not None)
-        self.cast.__enter__()
-    def after_pred(self):
-        self.close()
-        self.learn.pred = self.pred.float()
-    def close(self):
-        "Back to 32 bits, also when a forward pass broke off"
-        if self.cast: self.cast.__exit__(None, None, None)
-        self.cast = None
-    def after_fit(self): self.learn.scaler = None
-
-    def before_backward(self):
-        if scaler := getattr(self.learn, 'scaler', None): self.learn.loss_grad = scaler.scale(self.loss_grad)
-    def before_step(self):
-        if not (scaler := getattr(self.learn, 'scaler', None)): return
-        self.fits = False
-        scaler.step(self)                                   # divides the gradients; calls our step() if all of them are numbers
-        scaler.update()
-        if not self.fits: raise CancelStepException()       # this update is left out, the next one is scaled less
-    def step(self): self.fits = True
-    @property
-    def param_groups(self): return self.opt.param_groups
-
-# %% ../nbs/04_training.ipynb #f829556a
-class LossError(DataError): "A loss that is infinite or not a number"
-
-def batch_names(
-    dl, # A loader that is being read
-    i:int, # Number of the batch in the epoch
-) -> list: # Their names; empty where the loader does not know
-    "The items of a batch, by the loader's own order"
-    order,items = getattr(dl, '_DataLoader__idxs', None),getattr(getattr(dl, 'dataset', None), 'items', None)
-    if order is None or items is None or not hasattr(dl, 'shares'): return []
-    i -= len(dl) - len(shares := dl.shares or [dl.bs]*len(dl))             # a resumed epoch has only the rest of its order
-    return [str(items[int(j)]) for j in order[sum(shares[:i]):sum(shares[:i+1])]]
-
-# %% ../nbs/04_training.ipynb #8f42993e
-class FiniteLoss(Callback):
-    "Stop before an update whose loss is infinite or not a number, and name its photos"
-    order = 5                                               # before any other callback's step
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')        # lr_find drives it there on purpose
-    def before_epoch(self): self.fitting = False
-    def before_train(self): self.fitting = True
-
-    def before_step(self): self._check()
-    def after_batch(self):
-        if self.fitting and not self.training: self._check()
-
-    def _check(self):
-        if not torch.isfinite(self.loss): raise LossError(self.say(f'the loss is {self.loss.item()}'))
-
-    def say(self,
-        what:str, # What is wrong
-    ) -> str:
-        "What is wrong, where, with which photos, and what may help"
-        names,lr = batch_names(self.dl, self.iter),self.opt.hypers[-1]['lr']
-        bad = [n for n,x in zip(names, self.xb[0]) if not torch.isfinite(x).all()]
-        some = f"{'; '.join(names[:8])}{f' and {len(names)-8} more' if len(names) > 8 else ''}"
-        return (f"{what} in epoch {self.epoch}, {'training' if self.training else 'validation'} batch {self.iter}, at the rate {lr:.4g}. "
-                + (f"The pixels of {'; '.join(bad)} are no numbers: repair or remove that. " if bad else
-                   f"Try lr={lr/10:.2g}, or WarmUp() for the start; if it is always the same photos, look at them. ")
-                + (f"The batch: {some}. " if names else '')
-                + _what_stands(self))
-
-def _what_stands(learn):
-    newest = learn.checkpoint.newest() if hasattr(learn, 'checkpoint') else None
-    return f"The last good checkpoint stands: {newest}" if newest else "There is no checkpoint yet; Checkpoint(folder) keeps them"
-
-# %% ../nbs/04_training.ipynb #eee68b27
-def _pack(state):
-    version,ints,gauss = state
-    return [version, torch.tensor(ints), gauss]
-
-def _unpack(state):
-    version,ints,gauss = state
-    return version, tuple(ints.tolist()), gauss
-
-def get_rng(
-    dls=(), # Loaders; those of fastai have a generator each
-) -> dict: # Of tensors, numbers and strings
-    "The state of every random generator"
-    kind,keys,*rest = np.random.get_state()
-    return dict(python=_pack(random.getstate()), numpy=[kind, torch.tensor(keys.tolist()), *rest], torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-                loaders=[_pack(dl.rng.getstate()) for dl in dls])
-
-def set_rng(
-    state:dict, # What `get_rng` gave
-    dls=(), # The loaders, in the same order
-):
-    "Put every random generator back"
-    kind,keys,*rest = state['numpy']
-    random.setstate(_unpack(state['python']))
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state['torch'])
-    if len(state['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state['cuda'])
-    for dl,s in zip(dls, state['loaders']): dl.rng.setstate(_unpack(s))
-
-# %% ../nbs/04_training.ipynb #37655172
-def batches_from(
-    dl, # A fastai loader
-    k:int, # The first batch wanted
-    start:dict, # `get_rng([dl])` when the epoch began
-    now:dict, # `get_rng([dl, …])` when batch k was next
-    dls=(), # The loaders of `now`
-): # Yields (number, batch)
-    "An epoch's batches from number k on, as they would have come"
-    def rest():
-        del dl.get_idxs                                    # once; and worker processes get a loader without this
-        order = dl.get_idxs()
-        if not hasattr(dl, 'shares'): return order[k*dl.bs:]                   # no `PhotoDL`
-        done,dl.shares = sum(dl.shares[:k]),dl.shares[k:]
-        return order[done:]
-    set_rng(now, dls)
-    dl.rng.setstate(_unpack(start['loaders'][0]))
-    dl.get_idxs,dl.fake_l.generator = rest,torch.Generator()
-    dl.fake_l.generator.set_state(start['torch'])          # the workers' seeds come from here, and leave the others alone
-    try: yield from enumerate(dl, k)
-    finally: dl.fake_l.generator = None
-
-# %% ../nbs/04_training.ipynb #bd6b70e8
-class ResumableLearner(Learner):
-    "A `Learner` whose fit can begin in the middle, and which ends its update before it obeys Ctrl-C"
-    first_epoch,rest,stopping,decay,spec = 0,None,False,'weights',None
-
-    def _do_fit(self):
-        first,self.first_epoch = self.first_epoch,0
-        for epoch in range(first, self.n_epoch):
-            self.epoch = epoch
-            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-
-    def all_batches(self):
-        rest,self.rest = self.rest,None
-        if rest is None or not self.training: return super().all_batches()
-        self.n_iter = len(self.dl)
-        for i,b in rest(): self.one_batch(i, b)
-
-    def one_batch(self, i, b):
-        super().one_batch(i, b)
-        if self.stopping and self.between_updates: raise CancelFitException()
-
-    @property
-    def between_updates(self):
-        "Are the gradients empty?"
-        return not (hasattr(self, 'accumulate') and self.accumulate.count)
-
-    def create_opt(self):
-        super().create_opt()
-        if self.decay == 'conv_fc':
-            for p in self._bn_bias_state(False): p['do_wd'] = False
-
-    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-        try:
-            with _patiently(self): super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
-        except DataError as e:
-            if not str(e).startswith('Exception occured in `'): raise
-            raise type(e)(str(e).partition(':\n\t')[2]) from None                # fastai says first in which callback
-        finally: [cb.close() for cb in self.cbs if hasattr(type(cb), 'close')]
-
-    def to_detach(self, b, cpu=True, gather=True):
-        return super().to_detach(b, cpu, gather and not hasattr(self, 'many_processes'))      # whose metrics are summed at the end
-
-# %% ../nbs/04_training.ipynb #e7944df5
-@contextmanager
-def _patiently(learn):
-    "A first Ctrl-C, or SIGTERM, sets `learn.stopping`; a second Ctrl-C is obeyed at once"
-    if threading.current_thread() is not threading.main_thread(): return (yield)
-    me,asked = os.getpid(),[]
-    def stop(signum, _):
-        if os.getpid() != me: return                       # a worker process, which the terminal interrupts too
-        if signum == signal.SIGINT and asked and time.monotonic() - asked[0][0] > 1: raise KeyboardInterrupt     # a launcher passes it on
-        if not asked and not rank_distrib(): print('stopping after this update; Ctrl-C once more stops at once', flush=True)
-        asked.append((time.monotonic(), signum))
-        learn.stopping = True
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    old = {s: signal.signal(s, stop) for s,h in usual.items() if signal.getsignal(s) is h}
-    try: yield
-    except RuntimeError:                                   # workers that have obeyed
-        if not learn.stopping: raise
-    finally:
-        for s,h in old.items(): signal.signal(s, h)
-        stopped,learn.stopping = learn.stopping,False
-    if not stopped: return
-    advice = learn.checkpoint.advice() if hasattr(learn, 'checkpoint') else 'the learner can be used, and fitted on'
-    if asked and all(s == signal.SIGTERM for _,s in asked):
-        print(advice, flush=True)
-        signal.raise_signal(signal.SIGTERM)
-    raise KeyboardInterrupt(advice)
-
-# %% ../nbs/04_training.ipynb #68b351da
-def run_identity(
-    learn:Learner, # Made by `resnet_learner`
-) -> dict: # Of numbers, strings, lists and dicts
-    "What must be the same for a run to go on"                       # and as many processes: each has its own generators
-    dls,photos = learn.dls,getattr(learn.dls, 'photos', {}).get('train')
-    return dict(network=str(learn.spec or type(learn.model).__name__),
-                weights={k: list(v.shape) for k,v in _net(learn).state_dict().items()},
-                encoding=dict(getattr(getattr(dls, 'labels', None), 'encoding', {})), size=getattr(dls, 'size', None),
-                photos=[len(dls.train_ds), hashlib.sha256(b'\n'.join(photos.names.tolist())).hexdigest() if photos is not None else ''],
-                batches=[learn.accumulate.bs if hasattr(learn, 'accumulate') else dls.train.bs, dls.train.bs],
-                processes=max(num_distrib(), 1))
-
-_unlike = dict(network='another network', weights='a network with other weights', encoding='another label encoding',
-               size='another crop size', photos='other training photos', processes='another number of processes', batches='batches of another size')
-
-def _refuse_strangers(path, theirs, ours):
-    for key,what in _unlike.items():
-        if theirs[key] == ours[key]: continue
-        a,b = theirs[key],ours[key]
-        if isinstance(a, dict):
-            one = next(k for k in [*a, *b] if a.get(k) != b.get(k))
-            a,b = (f'{one!r}: {o.get(one)}' for o in (a, b))
-        raise DataError(f"{path} belongs to a run with {what}: it has {a}, you have {b}; nothing was changed. "
-                        "Resume with the same arguments, or name another folder")
-
-# %% ../nbs/04_training.ipynb #dca55104
-class Checkpoint(Callback):
-    "Keep a run in a folder: checkpoints from which it goes on exactly, the best weights, and history.csv"
-    order = 100                                             # after all others
-    carried = ('best', 'batches', 'updates')
-    def __init__(self,
-        folder:str|Path, # Made if need be; one for each run
-        every:str|int='epoch', # 'epoch', or after so many updates (and epochs)
-        keep:int|None=2, # So many of the newest stay, and the best; None: all
-        monitor:str='valid_loss', # What makes the best one: a column of the history; smaller is better
-    ):
-        if every != 'epoch' and (type(every) is not int or every < 1):
-            raise DataError(f"every is {every!r}; it must be 'epoch' or a number of updates")
-        if keep is not None and (type(keep) is not int or keep < 1):
-            raise DataError(f"keep is {keep!r}; it must be a number from 1 on, or None")
-        self.folder,self.every,self.keep,self.monitor = Path(folder),every,keep,monitor
-        self.best,self.batches,self.updates,self.mine,self.state = float('inf'),0,0,False,None
-
-    def files(self): return sorted(self.folder.glob('checkpoint-*.pt'))
-    def newest(self): return next(iter(self.files()[::-1]), None)
-    def advice(self): return f"stopped; {self.newest()} holds the run; go on with fit(epochs, resume=True), or learn.resume(epochs)"
-
-# %% ../nbs/04_training.ipynb #f8f00ae9
-@patch
-def before_fit(self:Checkpoint):
-    self.run,self.trained,self.at_train,self.at_valid = not hasattr(self.learn, 'lr_finder'),False,None,None
-    if self.run and self.state: self.restore()
-
-@patch
-def before_epoch(self:Checkpoint): self.trained = False
-
-@patch
-def before_train(self:Checkpoint):
-    self.claim()
-    self.trained,self.at_valid,self.batch = True,None,0
-    if not self.rest: self.at_train = get_rng([self.dls.train])
-    else: self.at_train = self.resumed_at_train
-
-@patch
-def before_validate(self:Checkpoint):
-    if self.trained: self.at_valid = get_rng(self.dls.loaders)
-
-@patch
-def after_batch(self:Checkpoint):
-    if not (self.trained and self.training): return
-    self.batch,self.batches = self.iter+1,self.batches+1
-    if not self.between_updates: return
-    self.updates += 1
-    if self.every != 'epoch' and self.updates % self.every == 0: self.save(self.epoch, self.batch)
-
-@patch
-def after_epoch(self:Checkpoint):
-    if not self.trained: return
-    if better := self.history.rows[-1][self.monitor] < self.best: self.best = self.history.rows[-1][self.monitor]
-    self.trained,self.at_valid = False,None
-    self.save(self.epoch+1, 0, better)
-    self.write_history()
-
-@patch
-def after_cancel_fit(self:Checkpoint):
-    if self.stopping and self.trained: self.save(self.epoch, self.batch)
-
-# %% ../nbs/04_training.ipynb #a7726632
-@patch
-def gather(self:Checkpoint,
-    epoch:int, # Of this fit: the one that is under way, or the next one
-    batch:int, # The next one in it
-) -> dict: # Of tensors, numbers, strings, lists and dicts
-    "Everything that the rest of the run depends on"
-    learn,rec,hist = self.learn,self.recorder,self.history
-    return dict(
-        format=1, run=run_identity(learn), epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train,
-        model=_net(learn).state_dict(), opt=_opt_state(self.opt), lr=learn.lr, hypers=[dict(h) for h in self.opt.hypers],
-        scaler=scaler.state_dict() if (scaler := getattr(learn, 'scaler', None)) else None, ranks=self.of_ranks(),
-        recorder=dict(lrs=torch.tensor(rec.lrs, dtype=torch.float64), iters=list(rec.iters), values=[list(v) for v in rec.values],
-                      losses=torch.stack(rec.losses) if rec.losses else torch.zeros(0),
-                      smooth=[rec.smooth_loss.count, rec.smooth_loss.val], sums=[[m.total, m.count] for m in rec._train_mets[1:] if batch]),
-        kept=[len(hist.kept[n]) for n in hist.lists] if hist.kept else None, smooth=list(hist.smooth) if hist.kept else None,
-        elapsed=time.perf_counter() - hist.start, callbacks={cb.name: {a: getattr(cb, a) for a in cb.carried} for cb in _carriers(learn)})
-
-@patch
-def of_ranks(self:Checkpoint) -> list: # Of dicts, one a process
-    "What each process has for itself: its generators, and how many of its photos were wrong"
-    own = _plain(dict(rng=self.at_valid or get_rng(self.dls.loaders), at_train=self.at_train,
-                      counts=dict(wrong=int(self.history.wrong), seen=self.history.seen)))
-    return self.many_processes.all(own) if hasattr(self, 'many_processes') else [own]
-
-def _net(learn): return getattr(learn.model, 'module', learn.model)        # inside PyTorch's wrapper for many processes
-
-def _plain(o):
-    "The same without classes of fastai's, which `weights_only` would refuse"
-    if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple, L)): return [_plain(v) for v in o]
-    return o.detach().as_subclass(torch.Tensor) if torch.is_tensor(o) else o.item() if isinstance(o, np.generic) else o
-
-def _carriers(learn): return [cb for cb in learn.cbs if hasattr(type(cb), 'carried')]
-
-def _opt_state(opt):
-    "A list of what the optimiser knows of each tensor, and whether it has a gradient"
-    return [dict(opt.state[p], has_grad=p.grad is not None) for p,*_ in opt.all_params()]
-
-# %% ../nbs/04_training.ipynb #6652597b
-@patch
-def claim(self:Checkpoint):
-    "Make the folder, try to write in it; refuse one that holds another run"
-    if self.monitor not in (names := [*self.recorder.metric_names[1:-1], 'train_error']):
-        raise DataError(f"Checkpoint monitors {self.monitor!r}; there is {', '.join(names)}")
-    if self.mine: return
-    if not isinstance(self.learn, ResumableLearner) or not hasattr(self, 'history') or not hasattr(self.dls.train, 'get_idxs'):
-        raise DataError("Checkpoint needs a learner of resnet_learner, with a fastai loader of photos")
-    _by_first(self.learn, self._make)
-    self.mine = True
-
-@patch
-def _make(self:Checkpoint):
-    if self.newest():
-        raise DataError(f"{self.folder} holds a run already, up to {self.newest().name}; go on with it by fit(epochs, resume=True) "
-                        "or learn.resume(epochs), or name another folder")
-    with self._plainly():
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder/'.probe') as part: part.write_bytes(b'')
-        (self.folder/'.probe').unlink()
-
-def _by_first(learn, f): return learn.many_processes.by_first(f) if hasattr(learn, 'many_processes') else f()
-
-@patch
-@contextmanager
-def _plainly(self:Checkpoint):
-    try: yield
-    except OSError as e:
-        stands = f"the last whole one stands: {self.newest()}" if self.newest() else "there is none yet"
-        raise DataError(f"no checkpoint can be written in {self.folder}: {e.strerror or e}; {stands}. "
-                        "Make room or name a folder that can be written, and resume") from None
-
-# %% ../nbs/04_training.ipynb #468615b9
-def _write_through(path, data):
-    "Put bytes in the place of a file, whole or not at all, even if the power fails"
-    with replacing(path) as part: part.write_bytes(data)
-    if hasattr(os, 'O_DIRECTORY'):
-        fd = os.open(path.parent, os.O_DIRECTORY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
-
-@patch
-def save(self:Checkpoint,
-    epoch:int, # Of this fit: the one that is under way, or the next one
-    batch:int, # The next one in it
-    best:bool=False, # Is it the best so far?
-):
-    "Write a checkpoint; a `DataError` where that fails, a `LossError` where the weights are no numbers"
-    if not all(torch.isfinite(v).all() for v in _net(self.learn).state_dict().values()):
-        lr = self.opt.hypers[-1]['lr']
-        raise LossError(f"the weights are no numbers any more after epoch {epoch}, batch {batch}, at the rate {lr:.4g}. "
-                        f"Try a smaller one, or WarmUp() for the start. {_what_stands(self)}")
-    state = self.gather(epoch, batch)                       # all processes take part; one writes
-    if rank_distrib(): return
-    file,data = self.folder/f'checkpoint-{self.batches:09}-{"batch" if batch else "epoch"}.pt',io.BytesIO()
-    torch.save(_plain(state), data)
-    with self._plainly():
-        for left in self.folder.glob('.*.pt.*'): left.unlink(missing_ok=True)       # of a run that was killed as it wrote
-        if best: _write_through(self.folder/'best.pt', data.getbuffer())
-        _write_through(file, data.getbuffer())
-        for old in self.files()[:-self.keep] if self.keep else []: old.unlink(missing_ok=True)
-
-@patch
-def write_history(self:Checkpoint):
-    "history.csv: a line an epoch"
-    if rank_distrib(): return
-    path,df = self.folder/'history.csv',self.history.df
-    with self._plainly():
-        if len(df) == 1 or not path.exists(): _write_through(path, df.to_csv(index=False).encode())
-        else:
-            with open(path, 'a') as f: f.write(df[-1:].to_csv(index=False, header=False)); f.flush(); os.fsync(f.fileno())
-
-# %% ../nbs/04_training.ipynb #9d74379e
-def read_checkpoint(
-    path:str|Path, # What `Checkpoint` wrote
-) -> dict:
-    "Read a checkpoint, on the CPU; it runs no code of the file's. A `DataError` where it is none"
-    try:
-        with zipfile.ZipFile(path) as z: bad = z.testzip()     # torch.load does not look at the sums
-        if bad: raise DataError(f"{path} is no whole checkpoint: {bad} in it is damaged")
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        if state['format'] != 1: raise DataError(f"{path} is of another version of this project: format {state['format']}, not 1")
-        return state
-    except OSError as e: raise DataError(f"{path} cannot be read: {e.strerror or e}") from None
-    except DataError: raise
-    except pickle.UnpicklingError:
-        raise DataError(f"{path} is no whole checkpoint: it is cut short, or holds more than tensors and numbers") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-        raise DataError(f"{path} is no whole checkpoint: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:150]}") from None
-
-@patch
-def find(self:Checkpoint) -> dict|None: # The state; None where the folder has none
-    "Read the newest whole checkpoint of the folder, if it is of this run; the next fit begins there"
-    self.state = _by_first(self.learn, self._newest_whole)
-    return self.state
-
-@patch
-def _newest_whole(self:Checkpoint):
-    said = []
-    for path in self.files()[::-1]:
-        try: state = read_checkpoint(path)
-        except DataError as e: said.append(str(e)); continue
-        try: _refuse_strangers(path, state['run'], run_identity(self.learn))
-        except KeyError as e: raise DataError(f"{path} is no whole checkpoint: it lacks {e}") from None
-        if said: print(*said, f'going on from {path.name}', sep='\n')
-        return state
-    if said: raise DataError(f"{said[0]}; no other one in {self.folder} is whole: name another folder to begin anew")
-
-# %% ../nbs/04_training.ipynb #8f462a1e
-@patch
-def restore(self:Checkpoint):
-    "Put the learner where it was; the batches of a broken epoch come from `ResumableLearner.rest`"
-    s,self.state,self.mine,learn = self.state,None,True,self.learn
-    s |= s['ranks'][rank_distrib()]
-    learn.model.load_state_dict(s['model'])
-    _set_opt_state(self.opt, s['opt'], s['hypers'])
-    learn.lr,learn.train_iter,learn.first_epoch = s['lr'],s['train_iter'],s['epoch']
-    if s['scaler']: learn.scaler.load_state_dict(s['scaler'])
-    for cb in _carriers(learn):
-        for name,value in s['callbacks'].get(cb.name, {}).items(): setattr(cb, name, value)
-    self._restore_records(s['recorder'], s['kept'], s['smooth'])
-    set_rng(s['rng'], self.dls.loaders)
-    if getattr(learn, 'progress', None) and hasattr(learn.progress, 'mbar'): learn.progress.mbar.update(0)       # it begins with 0 only
-    if s['batch']: learn.rest = partial(self.catch_up, s)
-    self.resumed_at_train = s['at_train']
-    if self.history.rows and not rank_distrib(): _write_through(self.folder/'history.csv', self.history.df.to_csv(index=False).encode())
-
-def _set_opt_state(opt, states, hypers):
-    for h,new in zip(opt.hypers, hypers): h.update(new)
-    for (p,*_),s in zip(opt.all_params(), states):
-        if s['has_grad']: p.grad = torch.zeros_like(p)
-        opt.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k,v in s.items() if k != 'has_grad'}
-
-@patch
-def _restore_records(self:Checkpoint, r, kept, smooth):
-    rec,hist = self.recorder,self.history
-    rec.lrs,rec.iters,rec.losses,rec.values = r['lrs'].tolist(),list(r['iters']),list(r['losses'].unbind()),[L(v) for v in r['values']]
-    rec.smooth_loss.count,rec.smooth_loss.val = r['smooth']
-    hist.kept,hist.smooth = {name: getattr(rec, name)[:n] for name,n in zip(hist.lists, kept)} if kept else None,smooth
-
-@patch
-def catch_up(self:Checkpoint, s):
-    "What the beginning of the epoch has reset, once more; then the batches that are left"
-    learn,learn.pct_train,self.batch = self.learn,s['pct_train'],s['batch']
-    for cb in _carriers(learn):
-        for name,value in s['callbacks'].get(cb.name, {}).items(): setattr(cb, name, value)
-    self.history.wrong,self.history.seen = s['counts']['wrong'],s['counts']['seen']
-    for m,(total,count) in zip(self.recorder._train_mets[1:], s['recorder']['sums']): m.total,m.count = total,count
-    self.history.start = time.perf_counter() - s['elapsed']
-    return batches_from(self.dls.train, s['batch'], s['at_train'], s['rng'], self.dls.loaders)
-
-# %% ../nbs/04_training.ipynb #eae45056
-@patch
-def resume(self:ResumableLearner,
-    epochs:int, # Of the whole run
-):
-    "Go on with the run in the checkpoint's folder until it has had `epochs` epochs; begin it where there is none"
-    if not hasattr(self, 'checkpoint'): raise DataError("there is no folder to resume from; give the learner a Checkpoint(folder)")
-    s = self.checkpoint.find()
-    earlier = len(s['callbacks']['history']['rows']) - s['epoch'] if s else len(self.history.rows)     # epochs of fits before this one
-    if epochs - earlier > (s['epoch'] if s else 0): return self.fit(epochs - earlier)
-    with self.no_bar(), self.no_logging(): self.fit(0)         # nothing is left to train
-
 # %% ../nbs/04_training.ipynb #bcf101b9
 def resnet_learner(
     dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos, classes and a `vocab`
@@ -762,7 +245,7 @@ def resnet_learner(
     lr:float|None=None, # Initial learning rate; None: .1 at bs=256, and in proportion
     patience:int=3, # Epochs without a better validation loss before the rate falls
     min_delta:float=1e-4, # The least decrease of the validation loss that counts as better
-    schedule=None, # A callback that moves the rate, like `StepLR`; None: `PlateauLR(patience=patience, min_delta=min_delta)`
+    schedule=None, # A callback that moves the rate, like `MultiStepLR`; None: `PlateauLR(patience=patience, min_delta=min_delta)`
     decay:str='weights', # What decays: 'weights', 'conv_fc' (and the last layer's bias) or 'all' (and BN)
     opt_func=paper_sgd, # Or `caffe_sgd`
     precision:str|None=None, # Of the convolutions: 'fp32', 'bf16' or 'fp16'; None: 'bf16' where the hardware computes in it

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import DataError, demo_data, draw_photo, photo_suffixes
-from resnet_fastai.inference import predict_folder
+from resnet_fastai.data import demo_data
+from resnet_fastai.engine.demo_photos import draw_photo
+from resnet_fastai.engine.files import DataError
+from resnet_fastai.engine.layout import photo_suffixes
+from resnet_fastai.practice.predict_folder import predict_folder
 
 formats = dict(JPEG='.jpg', PNG='.png', WEBP='.webp', GIF='.gif', BMP='.bmp', TIFF='.tif')
 

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 from resnet_fastai.core import ResNet  # noqa: E402
 from resnet_fastai.data import demo_data  # noqa: E402
-from resnet_fastai.training import read_checkpoint  # noqa: E402
+from resnet_fastai.engine.checkpoint import read_checkpoint  # noqa: E402
 
 epochs = 4
 settings = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=4, patience=0, min_delta=10)        # the rate falls after each epoch but one

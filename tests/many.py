@@ -16,7 +16,7 @@ from fastai.callback.core import Callback  # noqa: E402
 from torch import nn  # noqa: E402
 
 from resnet_fastai.core import ResNet  # noqa: E402
-from resnet_fastai.data import DataPaths  # noqa: E402
+from resnet_fastai.engine.layout import DataPaths  # noqa: E402
 
 torch.set_num_threads(1)
 rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))

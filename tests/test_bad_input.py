@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from resnet_fastai.core import ResNet, train
-from resnet_fastai.data import DataError, LabelError, PhotoError, resnet_dls
-from resnet_fastai.training import resnet_learner
+from resnet_fastai.data import resnet_dls
+from resnet_fastai.engine.files import DataError, LabelError, PhotoError
 
 small = dict(size=32, arch='resnet18', bs=8, num_workers=0)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_fastai.data import DataError, PhotoError
+from resnet_fastai.engine.files import DataError, PhotoError
 from resnet_fastai.training import WarmUp
 
 experiments = Path(__file__).resolve().parent.parent/'nbs'/'experiments'

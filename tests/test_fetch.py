@@ -11,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from resnet_fastai.data import DataError, list_photos, resolve_data
+from resnet_fastai.data import resolve_data
+from resnet_fastai.engine.files import DataError
+from resnet_fastai.engine.layout import list_photos
 
 files = {'set/train/a/1.jpg': b'1', 'set/val/2.jpg': b'22'}
 

@@ -92,8 +92,8 @@ rule, rules = '"id": "4.2-hold-out"', 'nbs/experiments/paper.json'
     (tested, hold_out, '@pytest.mark.paper()\n', 'should name rules of paper.json, as texts'),
     (tested, 'def test_hold_out(', 'def look_at_hold_out(', 'look_at_hold_out is marked and is no test'),
     (tested, hold_out, f'@pytest.mark.skip(reason="slow")\n{hold_out}', 'test_hold_out is marked, and always skipped'),
-    ('resnet_fastai/sources.py', 'def from_imagenet(', 'def from_ilsvrc(', "4.1-data: resnet_fastai/sources.py has 0 lines with 'def from_imagenet('"),
-    ('resnet_fastai/sources.py', 'def from_imagenet(', 'def from_imagenet(): pass\ndef from_imagenet(', '4.1-data: resnet_fastai/sources.py has 2 lines'),
+    ('resnet_fastai/practice/sources.py', 'def from_imagenet(', 'def from_ilsvrc(', "4.1-data: resnet_fastai/practice/sources.py has 0 lines with 'def from_imagenet('"),
+    ('resnet_fastai/practice/sources.py', 'def from_imagenet(', 'def from_imagenet(): pass\ndef from_imagenet(', '4.1-data: resnet_fastai/practice/sources.py has 2 lines'),
     ('nbs/04_training.ipynb', '# paper: 3.4-rate', '#', '3.4-rate has no test'),
     ('nbs/04_training.ipynb', '# paper: 3.4-rate', '# paper: 3.4-rat', "04_training is marked '3.4-rat', which is no rule"),
     ('nbs/04_training.ipynb', 'def default_lr(', '# paper: 3.4-rate\\ndef default_lr(', "the cell marked '3.4-rate' is none that tests anything"),
@@ -123,7 +123,7 @@ def test_the_stored_page_is_what_the_files_hold():
 
 
 def test_a_moved_line_makes_the_page_stale(copy):
-    edit(copy/'resnet_fastai'/'sources.py', 'def from_imagenet(', '\ndef from_imagenet(')
+    edit(copy/'resnet_fastai'/'practice'/'sources.py', 'def from_imagenet(', '\ndef from_imagenet(')
     assert paper.problems(copy) == []
     before, after = paper.pages(root), paper.pages(copy)
     assert [s for s in before if after[s] != before[s]] == ['4.1']

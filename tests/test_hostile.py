@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hostile import wholes
-from resnet_fastai.data import Photo, PhotoError, open_photo
+from resnet_fastai.engine.files import PhotoError
+from resnet_fastai.engine.photo import Photo, open_photo
 
 
 @pytest.fixture(scope='module')

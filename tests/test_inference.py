@@ -22,8 +22,13 @@ from torchvision.transforms.functional import hflip, to_tensor
 from resnet_fastai import inference
 from resnet_fastai.augment import ColorStats
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import DataError, LabelMap, draw_photo, list_photos, open_photo
-from resnet_fastai.inference import dense_probs, dense_scales, evaluate, predict_folder, predict_probs
+from resnet_fastai.data import LabelMap
+from resnet_fastai.engine.demo_photos import draw_photo
+from resnet_fastai.engine.files import DataError
+from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.photo import open_photo
+from resnet_fastai.inference import dense_probs, dense_scales, evaluate, predict_probs
+from resnet_fastai.practice.predict_folder import predict_folder
 from resnet_fastai.model import build_net
 
 stats = ColorStats([.5, .4, .3], [.2, .02, .005], np.eye(3))
@@ -311,15 +316,15 @@ def test_the_same_names_elsewhere_are_other_photos(model, folder, tmp_path, monk
 
 
 def test_a_file_that_two_fill_is_refused(tmp_path):
-    first = inference.Rows(tmp_path/'a.csv', ['id', 'label'], {})
+    first = inference.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {})
     first.add([['a', 'x']])
-    second = inference.Rows(tmp_path/'a.csv', ['id', 'label'], {})
+    second = inference.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {})
     second.add([['b', 'x']])
     with pytest.raises(DataError, match='not as it was left'): first.add([['b', 'x']])
-    assert inference.Rows(tmp_path/'a.csv', ['id', 'label'], {}).ids() == {'a', 'b'}
+    assert inference.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {}).ids() == {'a', 'b'}
 
 
 def test_labels_that_are_no_unicode_are_written_as_escapes(tmp_path):
-    rows = inference.Rows(tmp_path/'a.csv', ['id', 'label'], {})
+    rows = inference.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {})
     rows.add([['a', '\ud800 x'], [os.fsdecode(b'\xff'), 'y']])
     assert (tmp_path/'a.csv').read_bytes().splitlines()[1:] == [b'a,\\ud800 x', b'\xff,y'] and rows.ids() == {'a', os.fsdecode(b'\xff')}

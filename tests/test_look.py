@@ -17,7 +17,10 @@ from torch import nn
 from torchvision.transforms.functional import to_tensor
 
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import DataError, LabelMap, demo_data, draw_photo, open_photo, read_json_object, write_json
+from resnet_fastai.data import LabelMap, demo_data
+from resnet_fastai.engine.demo_photos import draw_photo
+from resnet_fastai.engine.files import DataError, read_json_object, write_json
+from resnet_fastai.engine.photo import open_photo
 from resnet_fastai.inference import fifty_crop, predict_probs
 from resnet_fastai.practice.look import grad_cam, interpretation, show_cam, show_crops, show_prediction
 from resnet_fastai.model import build_net

@@ -11,9 +11,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps, features
 
-from resnet_fastai.augment import ColorStats, ScaleJitterCrop, crop_photo, five_boxes, random_box, resize_short, short_size
-from resnet_fastai.data import (DataError, LabelError, Photo, PhotoError, demo_data, draw_photo, labelled_photos, LabelMap, list_photos, open_photo,
-                                resnet_dls)
+from resnet_fastai.augment import ColorStats, ScaleJitterCrop, five_boxes, random_box, resize_short
+from resnet_fastai.engine.fast_crop import crop_photo, short_size
+from resnet_fastai.data import labelled_photos, LabelMap, resnet_dls
+from resnet_fastai.engine.demo_photos import draw_photo
+from resnet_fastai.engine.files import DataError, LabelError, PhotoError
+from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.photo import Photo, open_photo
 
 orange, blue = (255, 140, 0), (0, 0, 255)
 

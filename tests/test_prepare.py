@@ -11,7 +11,9 @@ from PIL import Image
 
 from resnet_fastai.augment import ColorStats
 from resnet_fastai.core import train
-from resnet_fastai.data import DataError, LabelError, list_photos, open_photo
+from resnet_fastai.engine.files import DataError, LabelError
+from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.photo import open_photo
 from resnet_fastai.practice.prepare import check_data, shrink_photos
 
 

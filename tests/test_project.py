@@ -118,8 +118,9 @@ def test_readme_links_to_what_exists():
 
 
 @pytest.fixture
-def docs():
+def docs(monkeypatch):
     "tools/docs.py as a module"
+    monkeypatch.syspath_prepend(str(root/'tools'))                      # it imports from the file beside it
     spec = spec_from_file_location('docs', root/'tools'/'docs.py')
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -139,7 +140,16 @@ def docs():
     ('<script src="https://example.org/a.js"></script>', 'another host'),
     ('<link rel="stylesheet" href="//example.org/a.css">', 'another host'),
     ('<style>@import url(https://example.org/a.css);</style>', 'another host'),
-    ('<img srcset="https://example.org/a.png 2x">', 'another host')])
+    ('<img srcset="https://example.org/a.png 2x">', 'another host'),
+    ('<p>see [<code>Accumulate</code>](training.ipynb)</p>', 'stayed Markdown'),
+    ('<p>see [this](https://example.org/any)</p>', 'stayed Markdown'),
+    ('<pre>print("[e](https://example.org/f)")</pre>', None),
+    ('<div class="cell-output"><div><table><tr><td>[e](a.html)</td></tr></table></div></div>', None),
+    ('<p>(see [1](and more))</p>', None),
+    ('<pre>opt=&lt;function SGD at 0x7f3a5c1e2d40&gt;</pre>', 'left by a run'),
+    ('<p><code>-&gt; __main__.Block</code></p>', 'left by a run'),
+    ('<pre>/home/me/.venv/lib/python3.11/site-packages/torch/jit.py:14: Warning</pre>', 'left by a run'),
+    ("<pre>if __name__ == '__main__': main()</pre>", None)])
 def test_the_link_check_of_the_site(docs, tmp_path, line, complaint):
     (tmp_path/'sub').mkdir()
     for name, text in {'a.html': line, 'b.html': '<p id="two">', 'sub/index.html': '<a href="../a.html">'}.items():
@@ -153,6 +163,96 @@ def test_formulas_become_mathml(docs):
     made = docs.mathml(page)
     assert made.count('<math') == 2 and made.count('<mtr>') == 2 and 'span' not in made and '\\' not in made
     with pytest.raises(SystemExit, match='nosuchthing'): docs.mathml(r'<span class="math inline">\(\nosuchthing x\)</span>')
+
+
+@pytest.mark.parametrize('text, linked', [
+    ('See `Block` and `Block()`.', 'See [`Block`](/m#block) and [`Block()`](/m#block).'),
+    ('[`Block`](a.ipynb), [the `Block` here](a.ipynb), ![a `Block`](a.png)', None),
+    ('# `Block`\n\n```python\n`Block`\n```\n\n<summary>`Block`</summary>', None),
+    ('a link [over\ntwo lines, `Block`](a.ipynb)', None),
+    ('`unknown`, ``a `Block` b``, `Block(3)`', None)])
+def test_names_in_backticks_become_links(docs, text, linked):
+    assert docs.linkify(text, {'Block': '/m#block'}.get) == (linked or text)
+
+
+module = '''"Says what. Docs: nowhere"
+__all__ = ['Whole', 'paper_sgd', 'run']
+# %% some cell
+paper_sgd = partial(SGD, mom=.9) # §3.4
+hidden = 1
+def run(
+    x, # The input
+    *more:int, # Further ones
+    opt=SGD, # Of
+    # two lines
+    deep:bool=False,
+    **kwargs, # The rest
+) -> int: # The result
+    "Run it"      # §3.2
+class Whole(Base):
+    "A whole"
+    def __init__(self, n:int=3): self.n = n
+    def __call__(self,
+        x:int, # To add
+    ): return self.n + x
+    def _inner(self): pass
+    def before_fit(self): pass
+@patch
+def save(self:Whole|Other, path): pass
+def _private(): pass
+'''
+
+
+@pytest.fixture
+def reference(docs, tmp_path):
+    import reference
+    (tmp_path/'m.py').write_text(module)
+    return reference.Module(tmp_path/'m.py', 'm')
+
+
+def test_the_reference_reads_a_module(reference):
+    sgd, run, whole, other = reference.entries
+    assert (sgd.name, sgd.kind, sgd.source, sgd.says) == ('paper_sgd', 'value', 'paper_sgd = partial(SGD, mom=.9) # §3.4', '§3.4')
+    assert run.signature == 'run(x, *more, opt=SGD, deep=False, **kwargs)' and run.says == 'Run it (§3.2)'
+    assert [(p.name, p.type, p.says) for p in run.params] == [('x', '', 'The input'), ('*more', 'int', 'Further ones'), ('opt', '', 'Of'),
+                                                            ('deep', 'bool', 'two lines'), ('**kwargs', '', 'The rest')]
+    assert (run.returns.type, run.returns.says) == ('int', 'The result')
+    assert whole.signature == 'Whole(n=3)' and [m.name for m in whole.members] == ['Whole.__call__', 'Whole.before_fit', 'Whole.save']
+    assert whole.members[0].signature == 'Whole.__call__(x)' and whole.members[2].patched and not whole.members[1].patched
+    assert other.name == 'Other.save'
+
+
+def test_a_reference_page_has_each_name_in_the_order_of_the_code(reference):
+    import reference as r
+    text = r.page(reference, 'pack', lambda line: f'https://example.org/m.py#L{line}')
+    assert re.findall(r'^#+ (.*?) ', text, re.M) == [r'paper\_sgd', 'run', 'Whole', r'Whole.\_\_call\_\_', 'Whole.save', 'Other.save']
+    assert 'from pack.m import paper_sgd, run, Whole' in text and 'Also: `before_fit`' in text and '#L6)' in text
+    assert 'default `SGD`' in text and ' at 0x' not in text
+
+
+def test_an_exported_cell_names_what_others_may_use(docs):
+    cell = 'import x\nA = 1\nb = c = 2\nclass D:\n    def e(self): pass\n@patch\ndef __call__(self:D): pass\n@patch\ndef _f(self:D): pass\n@patch(as_prop=True)\ndef g(self:D): pass\ndef _h(): pass'
+    assert docs.names_of(cell) == ['A', 'D', 'D.__call__', 'D.g']
+
+
+def test_the_reading_order(docs, tmp_path):
+    "Lessons by number, the rest as the front page has them, and what it forgets at the end of its part"
+    for name in ('02_b', '01_a', 'index', 'engine', 'practice/x', 'practice/y', 'practice/z', 'experiments/w'):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        text = '# T\n\n[w](experiments/w.ipynb) [y](practice/y.ipynb) [x](practice/x.ipynb) [gone](practice/gone.ipynb)'
+        (tmp_path/f'{name}.ipynb').write_text(json.dumps(dict(cells=[dict(cell_type='markdown', metadata={}, source=text)], metadata={}, nbformat=4, nbformat_minor=4)))
+    order = docs.notebooks(tmp_path)
+    assert order == {'': ['index.ipynb'], 'The paper': ['01_a.ipynb', '02_b.ipynb'], 'Practice': [f'practice/{c}.ipynb' for c in 'yxz'],
+                     'Experiments': ['experiments/w.ipynb'], 'Engine': ['engine.ipynb']}
+    assert docs.numbers(order) == {'01_a.ipynb': 1, '02_b.ipynb': 2, 'practice/y.ipynb': 3, 'practice/x.ipynb': 4, 'practice/z.ipynb': 5, 'experiments/w.ipynb': 6}
+
+
+def test_the_front_page_links_to_every_notebook_by_its_title(docs):
+    order = docs.notebooks(root/'nbs')
+    front = '\n'.join(''.join(c['source']) for c in json.loads((root/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells'])
+    links = {(path, ' '.join(words.split())) for words, path in re.findall(r'\[([^\]]+)\]\(([\w/]+\.ipynb)\)', front)}
+    titles = {(p, docs.title_of(root/'nbs'/p)) for part, paths in order.items() if part for p in paths}
+    assert titles <= links, f'nbs/index.ipynb should have the links {sorted(titles - links)}; then run: make readme'
 
 
 def stored_pictures():

@@ -9,7 +9,8 @@ from PIL import Image
 
 from resnet_fastai.augment import ColorStats, ScaleJitterCrop
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import from_folders, list_photos
+from resnet_fastai.data import from_folders
+from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.inference import evaluate, fifty_crop
 
 

@@ -13,12 +13,13 @@ from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
-from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import DataError, demo_data
-from resnet_fastai.training import Accumulate, History, PlateauLR, StepLR, WarmUp, caffe_sgd, paper_sgd, plot_history
+from resnet_fastai.data import demo_data
+from resnet_fastai.engine.files import DataError
+from resnet_fastai.training import Accumulate, History, PlateauLR, MultiStepLR, WarmUp, caffe_sgd, paper_sgd, plot_history
 
 settings = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=4, num_workers=0)
 
@@ -50,7 +51,7 @@ def our_rates(losses, **kw):
 
 def torch_rates(losses, patience, min_delta, factor, cooldown, min_lr):
     opt = torch.optim.SGD([torch.zeros(1)], lr=.1)
-    plateau = ReduceLROnPlateau(opt, factor=1/factor, patience=patience, threshold=min_delta, threshold_mode='abs', cooldown=cooldown,
+    plateau = lr_scheduler.ReduceLROnPlateau(opt, factor=1/factor, patience=patience, threshold=min_delta, threshold_mode='abs', cooldown=cooldown,
                                 min_lr=min_lr, eps=0)
     rates = []
     for loss in losses:
@@ -107,9 +108,9 @@ def batch_rates(cb, epochs, n=24, micro_bs=4, bs=8):
 @pytest.mark.paper('4.2-rate')
 @pytest.mark.parametrize('unit,at', [('updates', (1,)), ('updates', (2, 4, 5)), ('updates', (3, 9)), ('epochs', (1, 2)), ('epochs', (3,))])
 def test_steps_are_torchs_milestones(unit, at):
-    ours = batch_rates(StepLR(**{unit: at}), 4)
+    ours = batch_rates(MultiStepLR(**{unit: at}), 4)
     opt, theirs = torch.optim.SGD([torch.zeros(1)], lr=.1), []
-    steps = MultiStepLR(opt, [a*(3 if unit == 'epochs' else 1) for a in at], gamma=.1)
+    steps = lr_scheduler.MultiStepLR(opt, [a*(3 if unit == 'epochs' else 1) for a in at], gamma=.1)
     for i in range(24):                                    # 3 updates of 2 micro-batches in each epoch
         theirs.append(opt.param_groups[0]['lr'])
         if i % 2: opt.step(); steps.step()
@@ -118,11 +119,11 @@ def test_steps_are_torchs_milestones(unit, at):
 
 def test_steps_go_on_after_resuming(photos, tmp_path):
     kw = dict(run_folder=tmp_path/'run', every=1)
-    fitted(photos, 1, schedule=StepLR(updates=(3, 8)), **kw)
-    m = ResNet(*photos, **settings, schedule=StepLR(updates=(3, 8)), **kw)
+    fitted(photos, 1, schedule=MultiStepLR(updates=(3, 8)), **kw)
+    m = ResNet(*photos, **settings, schedule=MultiStepLR(updates=(3, 8)), **kw)
     with m.learn.no_bar(), m.learn.no_logging(): m.fit(2, resume=True)
-    assert m.learn.recorder.lrs == fitted(photos, 2, schedule=StepLR(updates=(3, 8))).learn.recorder.lrs
-    assert m.learn.step_lr.done == 12 and len({*m.learn.recorder.lrs}) == 3
+    assert m.learn.recorder.lrs == fitted(photos, 2, schedule=MultiStepLR(updates=(3, 8))).learn.recorder.lrs
+    assert m.learn.multi_step_lr.done == 12 and len({*m.learn.recorder.lrs}) == 3
 
 
 @pytest.mark.paper('4.2-warm-up')
@@ -160,10 +161,10 @@ def test_what_decays_has_a_name(photos):
 
 
 def test_caffes_momentum(photos):
-    m = fitted(photos, 2, opt_func=caffe_sgd, schedule=StepLR(epochs=(1,)))
+    m = fitted(photos, 2, opt_func=caffe_sgd, schedule=MultiStepLR(epochs=(1,)))
     same_rate, paper = fitted(photos, 1, opt_func=caffe_sgd), fitted(photos, 1)
     for a, b in zip(same_rate.net.parameters(), paper.net.parameters()): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-    paper = fitted(photos, 2, schedule=StepLR(epochs=(1,)))
+    paper = fitted(photos, 2, schedule=MultiStepLR(epochs=(1,)))
     gone = [(a - b).abs().max().item() for a, b in zip(m.net.parameters(), paper.net.parameters())]
     assert max(gone) > 1e-4 and m.learn.opt.hypers[0]['mom'] == .9 and m.learn.opt.hypers[0]['wd'] == 1e-4
 

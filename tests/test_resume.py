@@ -22,10 +22,14 @@ from fastai.vision.augment import Resize
 from fastai.vision.data import ImageBlock
 
 from kill_and_resume import result, same
-from resnet_fastai import training
+from resnet_fastai.engine import checkpoint, finite
 from resnet_fastai.core import ResNet, train
-from resnet_fastai.data import DataError, LabelMap, demo_data, list_photos
-from resnet_fastai.training import Checkpoint, LossError, read_checkpoint, resnet_learner
+from resnet_fastai.data import LabelMap, demo_data
+from resnet_fastai.engine.files import DataError
+from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.checkpoint import read_checkpoint
+from resnet_fastai.engine.finite import LossError
+from resnet_fastai.training import Checkpoint, resnet_learner
 
 settings = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=4, patience=0, min_delta=10, num_workers=0)
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -104,9 +108,9 @@ def test_the_comparison_would_notice(photos, untouched, tmp_path, monkeypatch, w
     "A resumption that forgets one thing ends elsewhere"
     broken(photos, tmp_path/'run', 17)
     again = model(photos, tmp_path/'run')
-    if hasattr(training, what): monkeypatch.setattr(training, what, lambda *_: None)
+    if hasattr(checkpoint, what): monkeypatch.setattr(checkpoint, what, lambda *_: None)
     else:
-        read = training.read_checkpoint
+        read = checkpoint.read_checkpoint
         def forget(path):
             s = read(path)
             if what == 'at_train': s['ranks'][0]['at_train']['loaders'] = s['ranks'][0]['rng']['loaders']
@@ -116,7 +120,7 @@ def test_the_comparison_would_notice(photos, untouched, tmp_path, monkeypatch, w
             elif what == 'model': s['model']['bn1.running_mean'] += .01
             elif what == 'recorder': s['recorder']['smooth'][0] += 1
             return s
-        monkeypatch.setattr(training, 'read_checkpoint', forget)
+        monkeypatch.setattr(checkpoint, 'read_checkpoint', forget)
     assert differing(untouched, result(fit(again, resume=True)))
 
 
@@ -322,7 +326,7 @@ class Spoil(Callback):
     def before_batch(self):
         self.n -= self.training
         if self.n == 0 and self.where == 'photo': self.learn.xb = (self.xb[0].index_fill(0, torch.tensor([2]), self.value),)
-        if self.n == 0: self.names = training.batch_names(self.dl, self.iter)
+        if self.n == 0: self.names = finite.batch_names(self.dl, self.iter)
     def after_loss(self):
         if self.n == 0 and self.where == 'loss': self.learn.loss_grad = self.learn.loss = self.loss*self.value
     def after_step(self):
@@ -344,7 +348,7 @@ def test_the_names_of_a_batch_are_right(photos):
     found = []
     class Note(Callback):
         def before_batch(self):
-            names = training.batch_names(self.dl, self.iter)
+            names = finite.batch_names(self.dl, self.iter)
             found.append([self.dls.labels(n) for n in names] == [self.dls.vocab[int(i)] for i in self.yb[0]])
     fit(model(photos, None, Note()), 2)
     assert len(found) == 2*(11 + 3) and all(found)

@@ -27,7 +27,9 @@ from PIL import Image
 from resnet_fastai.practice import share
 from resnet_fastai.augment import ColorStats
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import DataError, LabelMap, list_photos
+from resnet_fastai.data import LabelMap
+from resnet_fastai.engine.files import DataError
+from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.inference import predict_probs
 from resnet_fastai.model import build_net
 from resnet_fastai.practice.share import Trained, export_model, from_torchvision, load_model, model_card, save_model, to_torchvision

@@ -9,7 +9,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from resnet_fastai.practice import sources
-from resnet_fastai.data import DataError, LabelError, LabelMap, resnet_dls, split_photos
+from resnet_fastai.data import LabelMap, resnet_dls
+from resnet_fastai.engine.files import DataError, LabelError
+from resnet_fastai.engine.layout import split_photos
 from resnet_fastai.practice.sources import from_csv, from_imagenet, imagenette
 
 # wnid: (words, label, official number, place among the sorted wnids)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 @pytest.fixture
 def folder(tmp_path):
     "Drawn photos as SPLIT/CLASS/NAME.jpg; not equally many of each class"
-    from resnet_fastai.data import draw_photo
+    from resnet_fastai.engine.demo_photos import draw_photo
     rng = np.random.default_rng(0)
     for split, n in dict(train=6, val=2, test=3).items():
         for c, label in enumerate(labels):

@@ -26,9 +26,12 @@ from fastai.data.external import fastai_path
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, set_seed
 
-from resnet_fastai.data import DataError, LabelMap, PhotoError, demo_data, list_photos, open_photo, replacing, write_json
+from resnet_fastai.data import LabelMap, demo_data
+from resnet_fastai.engine.files import DataError, PhotoError, atomic_write, write_json
+from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.photo import open_photo
 from resnet_fastai.model import count_macs, count_params
-from resnet_fastai.training import Checkpoint, StepLR, WarmUp, resnet_learner
+from resnet_fastai.training import Checkpoint, MultiStepLR, WarmUp, resnet_learner
 
 root = Path(__file__).resolve().parents[2]
 paper_updates, paper_bs = 64_000, 128                                # §4.2
@@ -63,7 +66,7 @@ def cifar10(
         (x, y, classes), (tx, ty, others) = (read_split(Path(folder)/s) for s in ('train', 'test'))
         if classes != others: raise DataError(f"train/ and test/ of {folder} have different classes: {classes} and {others}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as part, open(part, 'wb') as f: np.savez(f, x=x, y=y, tx=tx, ty=ty, classes=classes)
+        with atomic_write(file) as part, open(part, 'wb') as f: np.savez(f, x=x, y=y, tx=tx, ty=ty, classes=classes)
     with np.load(file) as z:
         x, y, tx, ty = (torch.from_numpy(z[k]) for k in ('x', 'y', 'tx', 'ty'))
         return dict(train=(x, y), test=(tx, ty), classes=z['classes'].tolist())
@@ -152,7 +155,7 @@ class LastUpdate(Callback):
 
 class Results(Callback):
     "Keep the run in a JSON file, whole after every epoch"
-    order, carried = 90, ('spent',)                                  # before the checkpoint
+    order, state_attrs = 90, ('spent',)                                  # before the checkpoint
     def __init__(self, file, about, quiet=True): self.file, self.about, self.quiet, self.spent = Path(file), about, quiet, 0
 
     def before_fit(self): self.last = time.process_time()
@@ -191,7 +194,7 @@ def cifar_learner(
 ): # A `ResumableLearner`; fit it for `epochs(dls, updates)` epochs
     "The paper's network and recipe: rate .1, momentum .9, decay .0001; a small rate first where there are 110 layers or more"
     cbs = [LastUpdate(updates), *([WarmUp(.01, .8)] if depth >= 110 else []), *cbs]
-    return resnet_learner(dls, f'cifar_{kind}{depth}', bs=dls.train.bs, lr=.1, schedule=StepLR(updates=drops(updates)), precision=precision,
+    return resnet_learner(dls, f'cifar_{kind}{depth}', bs=dls.train.bs, lr=.1, schedule=MultiStepLR(updates=drops(updates)), precision=precision,
                           channels_last=precision != 'fp32', cbs=cbs)
 
 

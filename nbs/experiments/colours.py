@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cifar10 import commit, machine
 from resnet_fastai.augment import ColorStats
-from resnet_fastai.data import DataError, list_photos, write_json
+from resnet_fastai.engine.files import DataError, write_json
+from resnet_fastai.engine.layout import list_photos
 
 
 def measure(folders, out):

@@ -141,34 +141,34 @@ def _links(root):
     return link
 
 
-def _row(rule, proofs, root, link):
+def _card(rule, proofs, root, link):
+    "A rule as HTML: three columns where there is room, one below the other on a phone and wherever styles are left out"
     lines = [find_line(root, c) for c in rule.code]
     code = [f"{link(p, Path(p.file).name + (f':{p.line}' if p.line else ''))}<br><code>{escape(p.text)}</code>" for p in lines]
     tests = [link(p, f'{Path(p.file).name}, a cell' if p.line is None else p.text) for p in proofs.get(rule.id, [])]
     but = f"<br><em>{'Differs' if rule.code else 'Not built'}: {escape(rule.but)}</em>" if rule.but else ''
-    says = f'<small>{escape(rule.id)}</small><br>{escape(rule.says)}{but}'
-    style = 'text-align:left;vertical-align:top;overflow-wrap:anywhere;border-top:1px solid rgba(128,128,128,.4)'
-    return ''.join(f'<td style="{style}">{c}</td>' for c in (says, '<br>'.join(code), '<br>'.join(tests)))
+    parts = {escape(rule.id): [escape(rule.says) + but], 'this line does it': code, 'proved by': tests}
+    columns = ''.join(f"<div><small>{head}</small><br>{'<br>'.join(found)}</div>" for head, found in parts.items() if found)
+    style = ('display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));gap:.3rem 1.2rem;padding:.6rem 0;'
+             'text-align:left;overflow-wrap:anywhere;border-top:1px solid rgba(128,128,128,.4)')
+    return f'<div style="{style}">{columns}</div>'
 
 
 def pages(
     root:Path=root, # Of the checkout
 ) -> dict: # {section: HTML}
-    "A table a section: what the paper asks, the line that does it, the tests that prove it"
-    link, proofs, rows = _links(root), read_proofs(root), {}
-    for r in read_rules(root): rows.setdefault(r.section, []).append(f'<tr>{_row(r, proofs, root, link)}</tr>')
-    columns = {'the paper asks': 36, 'this line does it': 36, 'proved by': 28}
-    heads = ''.join(f'<th style="text-align:left;width:{width}%">{head}</th>' for head, width in columns.items())
-    top = f'<table class="paper" style="table-layout:fixed;width:100%">\n<tr>{heads}</tr>'
-    return {section: '\n'.join([top, *found, '</table>']) for section, found in rows.items()}
+    "A card a rule: what the paper asks, the line that does it, the tests that prove it"
+    link, proofs, cards = _links(root), read_proofs(root), {}
+    for r in read_rules(root): cards.setdefault(r.section, []).append(_card(r, proofs, root, link))
+    return {section: '\n'.join(['<div class="paper">', *found, '</div>']) for section, found in cards.items()}
 
 
 def stored(root=root):
-    "The tables that the notebook holds"
+    "The pages that the notebook holds"
     nb = json.loads((root/'nbs'/'experiments'/'from_the_paper.ipynb').read_text(encoding='utf-8'))
     outs = [o for c in nb['cells'] for o in c.get('outputs', [])]
     texts = [''.join(o.get('data', {}).get('text/html', '')) for o in outs]
-    return [t for t in texts if t.startswith('<table class="paper"')]
+    return [t for t in texts if t.startswith('<div class="paper"')]
 
 
 def main():

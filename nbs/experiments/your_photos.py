@@ -15,8 +15,10 @@ import torch
 
 from cifar10 import commit, machine
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import DataError, demo_data, from_folders, open_photo, write_json
-from resnet_fastai.inference import crop_asker, evaluate, fifty_crop, paper_scales, wilson
+from resnet_fastai.data import demo_data, from_folders
+from resnet_fastai.engine.files import DataError, write_json
+from resnet_fastai.engine.photo import open_photo
+from resnet_fastai.inference import make_predictor, evaluate, fifty_crop, paper_scales, wilson
 
 crop_sets = {1: [4], 2: [4, 9], 5: range(5), 10: range(10)}             # of the ten: the centre, its mirror image, the five, all
 scale_order = (1, 2, 0, 3, 4)                                           # of the five: 256, then 384, 224, 480 and 640
@@ -33,7 +35,7 @@ def worst(learn, n=8):
 
 def crop_by_crop(model, photos):
     "(N,5,10,n_out): what each of the fifty crops of each photo says, so that any of them can be averaged"
-    ask, _ = crop_asker(model.net, model.stats, model.size)
+    ask, _ = make_predictor(model.net, model.stats, model.size)
     return torch.stack([ask(fifty_crop(open_photo(p), size=model.size)).softmax(1).float().view(5, 10, -1).cpu() for p in photos])
 
 

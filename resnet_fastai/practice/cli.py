@@ -167,7 +167,8 @@ def demo(
     "Draw photos, train a ResNet-50 on them, and predict with 50 crops: a few minutes on a CPU.\n\nExample: resnet-fastai demo"
     with answering(as_json, log=True) as answer:
         from resnet_fastai.core import ResNet, plot_predictions
-        from resnet_fastai.data import DataError, demo_data
+        from resnet_fastai.data import demo_data
+        from resnet_fastai.engine.files import DataError
         from resnet_fastai.inference import evaluate
         from resnet_fastai.training import plot_history
         if folder.exists() and not (folder/'photos'/'encoding.json').exists() and any(p.name[0] != '.' for p in folder.iterdir()):
@@ -219,7 +220,9 @@ def stats(
     Example: resnet-fastai stats photos --save stats.json"""
     with answering(as_json) as answer:
         from resnet_fastai.augment import ColorStats
-        from resnet_fastai.data import DataError, list_photos, resolve_data
+        from resnet_fastai.data import resolve_data
+        from resnet_fastai.engine.files import DataError
+        from resnet_fastai.engine.layout import list_photos
         if save and save.exists(): raise DataError(f'{save} exists already; name a new file with --save')
         if save and not save.parent.is_dir(): raise DataError(f'{save.parent} is not a folder; name a file in a folder that exists with --save')
         root = resolve_data(data_path)
@@ -230,14 +233,14 @@ def stats(
 # %% ../../nbs/practice/cli.ipynb #33fa3224
 def _is_of(model, run):
     "Did this run write this model?"
-    from resnet_fastai.data import read_json_object
+    from resnet_fastai.engine.files import read_json_object
     try:
         with open(run/'history.csv', newline='', encoding='utf-8') as f: first = next(csv.DictReader(f))
         return read_json_object(model/'config.json')['history']['seconds'][0] == float(first['seconds'])
     except (OSError, ValueError, LookupError, TypeError, StopIteration): return False
 
 def _refuse_taken(model, run):
-    from resnet_fastai.data import DataError
+    from resnet_fastai.engine.files import DataError
     holds = 'a model' if any((model/name).exists() for name in ('config.json', 'model.safetensors')) else 'other things'
     if not model.name or (model.exists() and not model.is_dir()): raise DataError(f'{model} cannot be a new folder; name one with --model')
     if model.exists() and any(model.iterdir()) and not _is_of(model, run): raise DataError(f'{model} holds {holds} already; name a new folder with --model')
@@ -262,14 +265,14 @@ def _near(path):
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 def _read_args(run):
-    from resnet_fastai.data import DataError, read_json_object
+    from resnet_fastai.engine.files import DataError, read_json_object
     if not (run/'args.json').exists(): raise DataError(f'{run} holds no run: it has no args.json; name the folder that `train` told of')
     args, known = read_json_object(run/'args.json'), {*signature(_train).parameters} - {'ctx', *_elsewhere}
     if odd := known ^ {*args}: raise DataError(f"{run/'args.json'} is not as `train` wrote it: {', '.join(sorted(odd))}")
     return args
 
 def _alone():
-    from resnet_fastai.data import DataError
+    from resnet_fastai.engine.files import DataError
     if os.environ.get('WORLD_SIZE', '1') != '1':
         raise DataError('this command trains in one process; for several, let torchrun start a Python script that calls train(…), as chapter 4b shows')
 
@@ -331,7 +334,8 @@ def _train(
 # %% ../../nbs/practice/cli.ipynb #ca586ab5
 def _begin(args, run, model, folders):
     "A `ResNet` with a run's folder, or nothing at all"
-    from resnet_fastai.data import DataError, from_folders, resolve_data, write_json
+    from resnet_fastai.data import from_folders, resolve_data
+    from resnet_fastai.engine.files import DataError, write_json
     _alone()
     _refuse_taken(model, run)
     if (run/'args.json').exists():
@@ -364,7 +368,7 @@ def resume(
     Example: resnet-fastai resume flowers-run"""
     with answering(as_json, log=True) as answer:
         _alone()
-        from resnet_fastai.data import write_json
+        from resnet_fastai.engine.files import write_json
         args = _read_args(run)
         args |= {k: v for k,v in _kept(dict(epochs=epochs, model=model)).items() if v is not None}
         _refuse_taken(Path(args['model']), run)
@@ -406,8 +410,9 @@ def _evaluate(
 # %% ../../nbs/practice/cli.ipynb #03294e4a
 def _answers(net, photos, n, to):
     "Dicts of photo, error and labels"
-    from resnet_fastai.data import DataError, list_photos
-    from resnet_fastai.inference import predict_folder
+    from resnet_fastai.engine.files import DataError
+    from resnet_fastai.engine.layout import list_photos
+    from resnet_fastai.practice.predict_folder import predict_folder
     files = [q for p in photos for q in (list_photos(p) if p.is_dir() else [p])]
     if not files: raise DataError(f'{photos[0]} holds no photos')
     if len(files) == 1 and not to: return [dict(photo=files[0], error=None, labels=_named(sum(net.predict_n(files[0], n), ())))]

@@ -17,8 +17,11 @@ import pandas as pd
 from PIL import Image
 
 from ..augment import resize_short
-from ..data import (DataError, LabelMap, Photo, PhotoError, _link, _read_map, _scan, each_photo, list_photos, open_photo,
-                                read_json_object, replacing, resolve_data, split_photos, splits, write_json)
+from ..data import LabelMap, _read_map, resolve_data
+from ..engine.files import DataError, PhotoError, read_json_object, atomic_write, write_json
+from ..engine.layout import _link, _scan, list_photos, split_photos, splits
+from ..engine.loader import each_photo
+from ..engine.photo import Photo, open_photo
 
 # %% ../../nbs/practice/prepare.ipynb #bf520cd3
 def _look(path):
@@ -81,7 +84,7 @@ def _shrink(path, root, dest, side, quality):
             rgb,_ = photo.pixels(2*side)                              # twice the size: then it is resized once, and hardly by the decoder
             if not isinstance(rgb, Image.Image): rgb = Image.fromarray(rgb.permute(1,2,0).contiguous().numpy())
             out.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(out) as part:
+            with atomic_write(out) as part:
                 resize_short(rgb, side).save(part, _kinds[path.suffix.lower()], quality=quality)
                 os.utime(part, ns=(was.st_mtime_ns, was.st_mtime_ns))
             return 'shrunk'

@@ -35,7 +35,8 @@ from torch import nn
 
 from .. import __version__
 from ..augment import ColorStats
-from ..data import DataError, LabelMap, read_json_object, replacing
+from ..data import LabelMap
+from ..engine.files import DataError, read_json_object, atomic_write
 from ..inference import paper_scales
 from ..model import build_net
 
@@ -85,7 +86,7 @@ def _put(folder, files, overwrite):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as renames:
-            for name,data in files.items(): renames.enter_context(replacing(folder/name)).write_bytes(data)
+            for name,data in files.items(): renames.enter_context(atomic_write(folder/name)).write_bytes(data)
     except OSError as e: raise DataError(f"nothing can be written in {folder}: {e.strerror or e}") from None
     return folder
 

@@ -23,8 +23,9 @@ import pandas as pd
 from fastai.data.external import URLs, untar_data
 from scipy.io import loadmat
 
-from ..data import (DataError, DataPaths, LabelError, _finish, _link, _new_folder, _scan, from_folders, list_photos,
-                                photo_suffixes, read_json_object)
+from ..data import from_folders
+from ..engine.files import DataError, LabelError, read_json_object
+from ..engine.layout import DataPaths, _finish, _link, _new_folder, _scan, list_photos, photo_suffixes
 
 # %% ../../nbs/practice/sources.ipynb #91f1ae29
 def _read(path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resnet_fastai.data import draw_photo
+from resnet_fastai.engine.demo_photos import draw_photo
 
 root = Path(__file__).resolve().parents[2]
 

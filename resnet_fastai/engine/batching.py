@@ -1,0 +1,56 @@
+"""Load ahead in threads, and fill batches whatever the size of the groups."""
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import torch
+from fastai.torch_core import defaults
+from torch import nn
+
+
+def prefetch(
+    load:Callable, # Of an item
+    items:Iterable,
+    num_workers:int|None=None, # Threads; 0: none; None: one a core, 16 at most
+) -> Iterator: # load(item) for each, in their order
+    "Load items in threads, a few more than are asked for"
+    num_workers = defaults.cpus if num_workers is None else num_workers
+    if not num_workers: yield from map(load, items); return
+    pool, soon = ThreadPoolExecutor(num_workers), deque()
+    try:
+        for item in items:
+            soon.append(pool.submit(load, item))
+            if len(soon) > 2*num_workers: yield soon.popleft().result()
+        while soon: yield soon.popleft().result()
+    finally: pool.shutdown(cancel_futures=True)
+
+
+def batched_forward(
+    ask:Callable, # (n,…) → (n,n_out), perhaps on a GPU that is not yet done with it
+    groups:Iterable, # Tensors (nᵢ,…)
+    bs:int, # Rows that are asked about at a time
+) -> Iterator: # (nᵢ,n_out) on the CPU for each group
+    "Ask about groups of rows in batches that do not care where a group ends"
+    sizes, pool, have, answers, running = deque(), [], 0, torch.empty(0), None
+    for group in chain(groups, [None]):
+        if group is not None: sizes.append(len(group)); pool.append(group); have += len(group)
+        while have >= bs or (group is None and have):
+            x = torch.cat(pool)
+            pool, have, said = [x[bs:]], max(0, have - bs), running
+            running = ask(x[:bs])                                                # the next batch is under way while this one is fetched
+            if said is not None: answers = torch.cat([answers, said.cpu()])
+        if group is None and running is not None: answers = torch.cat([answers, running.cpu()])
+        while sizes and len(answers) >= sizes[0]:
+            n = sizes.popleft()
+            yield answers[:n]
+            answers = answers[n:]
+
+
+def batch_size(
+    net:nn.Module,
+    size:int=224, # Side of the crops, pixels
+) -> int: # Crops
+    "How many crops at a time fill a GPU, or stay in the cache of a CPU"
+    if next(net.parameters()).device.type != 'cpu': return 250
+    return max(1, min(64, round(4*torch.get_num_threads()*(224/size)**2)))

@@ -1,0 +1,421 @@
+"""Checkpoints from which a run goes on to the same weights, to the bit."""
+import hashlib
+import io
+import os
+import pickle
+import random
+import signal
+import threading
+import time
+import zipfile
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastai.learner import Learner
+from fastai.torch_core import num_distrib, rank_distrib
+from fastcore.foundation import L
+
+from .files import DataError, atomic_write
+from .finite import _what_stands, LossError
+
+
+def _pack(state):
+    version,ints,gauss = state
+    return [version, torch.tensor(ints), gauss]
+
+
+def _unpack(state):
+    version,ints,gauss = state
+    return version, tuple(ints.tolist()), gauss
+
+
+def get_rng(
+    dls=(), # Loaders; those of fastai have a generator each
+) -> dict: # Of tensors, numbers and strings
+    "The state of every random generator"
+    kind,keys,*rest = np.random.get_state()
+    return dict(python=_pack(random.getstate()), numpy=[kind, torch.tensor(keys.tolist()), *rest], torch=torch.get_rng_state(),
+                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+                loaders=[_pack(dl.rng.getstate()) for dl in dls])
+
+
+def set_rng(
+    state:dict, # What `get_rng` gave
+    dls=(), # The loaders, in the same order
+):
+    "Put every random generator back"
+    kind,keys,*rest = state['numpy']
+    random.setstate(_unpack(state['python']))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
+    if len(state['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state['cuda'])
+    for dl,s in zip(dls, state['loaders']): dl.rng.setstate(_unpack(s))
+
+
+def batches_from(
+    dl, # A fastai loader
+    k:int, # The first batch wanted
+    start:dict, # `get_rng([dl])` when the epoch began
+    now:dict, # `get_rng([dl, …])` when batch k was next
+    dls=(), # The loaders of `now`
+): # Yields (number, batch)
+    "An epoch's batches from number k on, as they would have come"
+    def rest():
+        del dl.get_idxs                                    # once; and worker processes get a loader without this
+        order = dl.get_idxs()
+        if not hasattr(dl, 'shares'): return order[k*dl.bs:]                   # no `PhotoDL`
+        done,dl.shares = sum(dl.shares[:k]),dl.shares[k:]
+        return order[done:]
+    set_rng(now, dls)
+    dl.rng.setstate(_unpack(start['loaders'][0]))
+    dl.get_idxs,dl.fake_l.generator = rest,torch.Generator()
+    dl.fake_l.generator.set_state(start['torch'])          # the workers' seeds come from here, and leave the others alone
+    try: yield from enumerate(dl, k)
+    finally: dl.fake_l.generator = None
+
+
+class ResumableLearner(Learner):
+    "A `Learner` whose fit can begin in the middle, and which ends its update before it obeys Ctrl-C"
+    first_epoch,rest,stopping,decay,spec = 0,None,False,'weights',None
+
+    def _do_fit(self):
+        first,self.first_epoch = self.first_epoch,0
+        for epoch in range(first, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+    def all_batches(self):
+        rest,self.rest = self.rest,None
+        if rest is None or not self.training: return super().all_batches()
+        self.n_iter = len(self.dl)
+        for i,b in rest(): self.one_batch(i, b)
+
+    def one_batch(self, i, b):
+        super().one_batch(i, b)
+        if self.stopping and self.between_updates: raise CancelFitException()
+
+    @property
+    def between_updates(self):
+        "Are the gradients empty?"
+        return not (hasattr(self, 'accumulate') and self.accumulate.count)
+
+    def create_opt(self):
+        super().create_opt()
+        if self.decay == 'conv_fc':
+            for p in self._bn_bias_state(False): p['do_wd'] = False
+
+    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        try:
+            with graceful_interrupt(self): super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
+        except DataError as e:
+            if not str(e).startswith('Exception occured in `'): raise
+            raise type(e)(str(e).partition(':\n\t')[2]) from None                # fastai says first in which callback
+        finally: [cb.close() for cb in self.cbs if hasattr(type(cb), 'close')]
+
+    def to_detach(self, b, cpu=True, gather=True):
+        return super().to_detach(b, cpu, gather and not hasattr(self, 'many_processes'))      # whose metrics are summed at the end
+
+    def resume(self,
+        epochs:int, # Of the whole run
+    ):
+        "Go on with the run in the checkpoint's folder until it has had `epochs` epochs; begin it where there is none"
+        if not hasattr(self, 'checkpoint'): raise DataError("there is no folder to resume from; give the learner a Checkpoint(folder)")
+        s = self.checkpoint.find()
+        earlier = len(s['callbacks']['history']['rows']) - s['epoch'] if s else len(self.history.rows)     # epochs of fits before this one
+        if epochs - earlier > (s['epoch'] if s else 0): return self.fit(epochs - earlier)
+        with self.no_bar(), self.no_logging(): self.fit(0)         # nothing is left to train
+
+
+@contextmanager
+def graceful_interrupt(learn):
+    "A first Ctrl-C, or SIGTERM, sets `learn.stopping`; a second Ctrl-C is obeyed at once"
+    if threading.current_thread() is not threading.main_thread(): return (yield)
+    me,asked = os.getpid(),[]
+    def stop(signum, _):
+        if os.getpid() != me: return                       # a worker process, which the terminal interrupts too
+        if signum == signal.SIGINT and asked and time.monotonic() - asked[0][0] > 1: raise KeyboardInterrupt     # a launcher passes it on
+        if not asked and not rank_distrib(): print('stopping after this update; Ctrl-C once more stops at once', flush=True)
+        asked.append((time.monotonic(), signum))
+        learn.stopping = True
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    old = {s: signal.signal(s, stop) for s,h in usual.items() if signal.getsignal(s) is h}
+    try: yield
+    except RuntimeError:                                   # workers that have obeyed
+        if not learn.stopping: raise
+    finally:
+        for s,h in old.items(): signal.signal(s, h)
+        stopped,learn.stopping = learn.stopping,False
+    if not stopped: return
+    advice = learn.checkpoint.advice() if hasattr(learn, 'checkpoint') else 'the learner can be used, and fitted on'
+    if asked and all(s == signal.SIGTERM for _,s in asked):
+        print(advice, flush=True)
+        signal.raise_signal(signal.SIGTERM)
+    raise KeyboardInterrupt(advice)
+
+
+def run_identity(
+    learn:Learner, # Made by `resnet_learner`
+) -> dict: # Of numbers, strings, lists and dicts
+    "What must be the same for a run to go on"                       # and as many processes: each has its own generators
+    dls,photos = learn.dls,getattr(learn.dls, 'photos', {}).get('train')
+    return dict(network=str(learn.spec or type(learn.model).__name__),
+                weights={k: list(v.shape) for k,v in _net(learn).state_dict().items()},
+                encoding=dict(getattr(getattr(dls, 'labels', None), 'encoding', {})), size=getattr(dls, 'size', None),
+                photos=[len(dls.train_ds), hashlib.sha256(b'\n'.join(photos.names.tolist())).hexdigest() if photos is not None else ''],
+                batches=[learn.accumulate.bs if hasattr(learn, 'accumulate') else dls.train.bs, dls.train.bs],
+                processes=max(num_distrib(), 1))
+
+
+_unlike = dict(network='another network', weights='a network with other weights', encoding='another label encoding',
+               size='another crop size', photos='other training photos', processes='another number of processes', batches='batches of another size')
+
+
+def _refuse_strangers(path, theirs, ours):
+    for key,what in _unlike.items():
+        if theirs[key] == ours[key]: continue
+        a,b = theirs[key],ours[key]
+        if isinstance(a, dict):
+            one = next(k for k in [*a, *b] if a.get(k) != b.get(k))
+            a,b = (f'{one!r}: {o.get(one)}' for o in (a, b))
+        raise DataError(f"{path} belongs to a run with {what}: it has {a}, you have {b}; nothing was changed. "
+                        "Resume with the same arguments, or name another folder")
+
+
+class Checkpoint(Callback):
+    "Keep a run in a folder: checkpoints from which it goes on exactly, the best weights, and history.csv"
+    order = 100                                             # after all others
+    state_attrs = ('best', 'batches', 'updates')
+    def __init__(self,
+        folder:str|Path, # Made if need be; one for each run
+        every:str|int='epoch', # 'epoch', or after so many updates (and epochs)
+        keep:int|None=2, # So many of the newest stay, and the best; None: all
+        monitor:str='valid_loss', # What makes the best one: a column of the history; smaller is better
+    ):
+        if every != 'epoch' and (type(every) is not int or every < 1):
+            raise DataError(f"every is {every!r}; it must be 'epoch' or a number of updates")
+        if keep is not None and (type(keep) is not int or keep < 1):
+            raise DataError(f"keep is {keep!r}; it must be a number from 1 on, or None")
+        self.folder,self.every,self.keep,self.monitor = Path(folder),every,keep,monitor
+        self.best,self.batches,self.updates,self.mine,self.state = float('inf'),0,0,False,None
+
+    def files(self): return sorted(self.folder.glob('checkpoint-*.pt'))
+    def newest(self): return next(iter(self.files()[::-1]), None)
+    def advice(self): return f"stopped; {self.newest()} holds the run; go on with fit(epochs, resume=True), or learn.resume(epochs)"
+
+    def before_fit(self):
+        self.run,self.trained,self.at_train,self.at_valid = not hasattr(self.learn, 'lr_finder'),False,None,None
+        if self.run and self.state: self.restore()
+
+    def before_epoch(self): self.trained = False
+
+    def before_train(self):
+        self.claim()
+        self.trained,self.at_valid,self.batch = True,None,0
+        if not self.rest: self.at_train = get_rng([self.dls.train])
+        else: self.at_train = self.resumed_at_train
+
+    def before_validate(self):
+        if self.trained: self.at_valid = get_rng(self.dls.loaders)
+
+    def after_batch(self):
+        if not (self.trained and self.training): return
+        self.batch,self.batches = self.iter+1,self.batches+1
+        if not self.between_updates: return
+        self.updates += 1
+        if self.every != 'epoch' and self.updates % self.every == 0: self.save(self.epoch, self.batch)
+
+    def after_epoch(self):
+        if not self.trained: return
+        if better := self.history.rows[-1][self.monitor] < self.best: self.best = self.history.rows[-1][self.monitor]
+        self.trained,self.at_valid = False,None
+        self.save(self.epoch+1, 0, better)
+        self.write_history()
+
+    def after_cancel_fit(self):
+        if self.stopping and self.trained: self.save(self.epoch, self.batch)
+
+    def gather(self,
+        epoch:int, # Of this fit: the one that is under way, or the next one
+        batch:int, # The next one in it
+    ) -> dict: # Of tensors, numbers, strings, lists and dicts
+        "Everything that the rest of the run depends on"
+        learn,rec,hist = self.learn,self.recorder,self.history
+        return dict(
+            format=1, run=run_identity(learn), epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train,
+            model=_net(learn).state_dict(), opt=_opt_state(self.opt), lr=learn.lr, hypers=[dict(h) for h in self.opt.hypers],
+            scaler=scaler.state_dict() if (scaler := getattr(learn, 'scaler', None)) else None, ranks=self.of_ranks(),
+            recorder=dict(lrs=torch.tensor(rec.lrs, dtype=torch.float64), iters=list(rec.iters), values=[list(v) for v in rec.values],
+                          losses=torch.stack(rec.losses) if rec.losses else torch.zeros(0),
+                          smooth=[rec.smooth_loss.count, rec.smooth_loss.val], sums=[[m.total, m.count] for m in rec._train_mets[1:] if batch]),
+            kept=[len(hist.kept[n]) for n in hist.lists] if hist.kept else None, smooth=list(hist.smooth) if hist.kept else None,
+            elapsed=time.perf_counter() - hist.start, callbacks={cb.name: {a: getattr(cb, a) for a in cb.state_attrs} for cb in _carriers(learn)})
+
+    def of_ranks(self) -> list: # Of dicts, one a process
+        "What each process has for itself: its generators, and how many of its photos were wrong"
+        own = _plain(dict(rng=self.at_valid or get_rng(self.dls.loaders), at_train=self.at_train,
+                          counts=dict(wrong=int(self.history.wrong), seen=self.history.seen)))
+        return self.many_processes.all(own) if hasattr(self, 'many_processes') else [own]
+
+    def claim(self):
+        "Make the folder, try to write in it; refuse one that holds another run"
+        if self.monitor not in (names := [*self.recorder.metric_names[1:-1], 'train_error']):
+            raise DataError(f"Checkpoint monitors {self.monitor!r}; there is {', '.join(names)}")
+        if self.mine: return
+        if not isinstance(self.learn, ResumableLearner) or not hasattr(self, 'history') or not hasattr(self.dls.train, 'get_idxs'):
+            raise DataError("Checkpoint needs a learner of resnet_learner, with a fastai loader of photos")
+        _on_rank0(self.learn, self._make)
+        self.mine = True
+
+    def _make(self):
+        if self.newest():
+            raise DataError(f"{self.folder} holds a run already, up to {self.newest().name}; go on with it by fit(epochs, resume=True) "
+                            "or learn.resume(epochs), or name another folder")
+        with self._plainly():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.folder/'.probe') as part: part.write_bytes(b'')
+            (self.folder/'.probe').unlink()
+
+    @contextmanager
+    def _plainly(self):
+        try: yield
+        except OSError as e:
+            stands = f"the last whole one stands: {self.newest()}" if self.newest() else "there is none yet"
+            raise DataError(f"no checkpoint can be written in {self.folder}: {e.strerror or e}; {stands}. "
+                            "Make room or name a folder that can be written, and resume") from None
+
+    def save(self,
+        epoch:int, # Of this fit: the one that is under way, or the next one
+        batch:int, # The next one in it
+        best:bool=False, # Is it the best so far?
+    ):
+        "Write a checkpoint; a `DataError` where that fails, a `LossError` where the weights are no numbers"
+        if not all(torch.isfinite(v).all() for v in _net(self.learn).state_dict().values()):
+            lr = self.opt.hypers[-1]['lr']
+            raise LossError(f"the weights are no numbers any more after epoch {epoch}, batch {batch}, at the rate {lr:.4g}. "
+                            f"Try a smaller one, or WarmUp() for the start. {_what_stands(self)}")
+        state = self.gather(epoch, batch)                       # all processes take part; one writes
+        if rank_distrib(): return
+        file,data = self.folder/f'checkpoint-{self.batches:09}-{"batch" if batch else "epoch"}.pt',io.BytesIO()
+        torch.save(_plain(state), data)
+        with self._plainly():
+            for left in self.folder.glob('.*.pt.*'): left.unlink(missing_ok=True)       # of a run that was killed as it wrote
+            if best: _write_through(self.folder/'best.pt', data.getbuffer())
+            _write_through(file, data.getbuffer())
+            for old in self.files()[:-self.keep] if self.keep else []: old.unlink(missing_ok=True)
+
+    def write_history(self):
+        "history.csv: a line an epoch"
+        if rank_distrib(): return
+        path,df = self.folder/'history.csv',self.history.df
+        with self._plainly():
+            if len(df) == 1 or not path.exists(): _write_through(path, df.to_csv(index=False).encode())
+            else:
+                with open(path, 'a') as f: f.write(df[-1:].to_csv(index=False, header=False)); f.flush(); os.fsync(f.fileno())
+
+    def find(self) -> dict|None: # The state; None where the folder has none
+        "Read the newest whole checkpoint of the folder, if it is of this run; the next fit begins there"
+        self.state = _on_rank0(self.learn, self._newest_whole)
+        return self.state
+
+    def _newest_whole(self):
+        said = []
+        for path in self.files()[::-1]:
+            try: state = read_checkpoint(path)
+            except DataError as e: said.append(str(e)); continue
+            try: _refuse_strangers(path, state['run'], run_identity(self.learn))
+            except KeyError as e: raise DataError(f"{path} is no whole checkpoint: it lacks {e}") from None
+            if said: print(*said, f'going on from {path.name}', sep='\n')
+            return state
+        if said: raise DataError(f"{said[0]}; no other one in {self.folder} is whole: name another folder to begin anew")
+
+    def restore(self):
+        "Put the learner where it was; the batches of a broken epoch come from `ResumableLearner.rest`"
+        s,self.state,self.mine,learn = self.state,None,True,self.learn
+        s |= s['ranks'][rank_distrib()]
+        learn.model.load_state_dict(s['model'])
+        _set_opt_state(self.opt, s['opt'], s['hypers'])
+        learn.lr,learn.train_iter,learn.first_epoch = s['lr'],s['train_iter'],s['epoch']
+        if s['scaler']: learn.scaler.load_state_dict(s['scaler'])
+        for cb in _carriers(learn):
+            for name,value in s['callbacks'].get(cb.name, {}).items(): setattr(cb, name, value)
+        self._restore_records(s['recorder'], s['kept'], s['smooth'])
+        set_rng(s['rng'], self.dls.loaders)
+        if getattr(learn, 'progress', None) and hasattr(learn.progress, 'mbar'): learn.progress.mbar.update(0)       # it begins with 0 only
+        if s['batch']: learn.rest = partial(self.catch_up, s)
+        self.resumed_at_train = s['at_train']
+        if self.history.rows and not rank_distrib(): _write_through(self.folder/'history.csv', self.history.df.to_csv(index=False).encode())
+
+    def _restore_records(self, r, kept, smooth):
+        rec,hist = self.recorder,self.history
+        rec.lrs,rec.iters,rec.losses,rec.values = r['lrs'].tolist(),list(r['iters']),list(r['losses'].unbind()),[L(v) for v in r['values']]
+        rec.smooth_loss.count,rec.smooth_loss.val = r['smooth']
+        hist.kept,hist.smooth = {name: getattr(rec, name)[:n] for name,n in zip(hist.lists, kept)} if kept else None,smooth
+
+    def catch_up(self, s):
+        "What the beginning of the epoch has reset, once more; then the batches that are left"
+        learn,learn.pct_train,self.batch = self.learn,s['pct_train'],s['batch']
+        for cb in _carriers(learn):
+            for name,value in s['callbacks'].get(cb.name, {}).items(): setattr(cb, name, value)
+        self.history.wrong,self.history.seen = s['counts']['wrong'],s['counts']['seen']
+        for m,(total,count) in zip(self.recorder._train_mets[1:], s['recorder']['sums']): m.total,m.count = total,count
+        self.history.start = time.perf_counter() - s['elapsed']
+        return batches_from(self.dls.train, s['batch'], s['at_train'], s['rng'], self.dls.loaders)
+
+
+def _net(learn): return getattr(learn.model, 'module', learn.model)        # inside PyTorch's wrapper for many processes
+
+
+def _plain(o):
+    "The same without classes of fastai's, which `weights_only` would refuse"
+    if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
+    if isinstance(o, (list, tuple, L)): return [_plain(v) for v in o]
+    return o.detach().as_subclass(torch.Tensor) if torch.is_tensor(o) else o.item() if isinstance(o, np.generic) else o
+
+
+def _carriers(learn): return [cb for cb in learn.cbs if hasattr(type(cb), 'state_attrs')]
+
+
+def _opt_state(opt):
+    "A list of what the optimiser knows of each tensor, and whether it has a gradient"
+    return [dict(opt.state[p], has_grad=p.grad is not None) for p,*_ in opt.all_params()]
+
+
+def _on_rank0(learn, f): return learn.many_processes.on_rank0(f) if hasattr(learn, 'many_processes') else f()
+
+
+def _write_through(path, data):
+    "Put bytes in the place of a file, whole or not at all, even if the power fails"
+    with atomic_write(path) as part: part.write_bytes(data)
+    if hasattr(os, 'O_DIRECTORY'):
+        fd = os.open(path.parent, os.O_DIRECTORY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+
+
+def read_checkpoint(
+    path:str|Path, # What `Checkpoint` wrote
+) -> dict:
+    "Read a checkpoint, on the CPU; it runs no code of the file's. A `DataError` where it is none"
+    try:
+        with zipfile.ZipFile(path) as z: bad = z.testzip()     # torch.load does not look at the sums
+        if bad: raise DataError(f"{path} is no whole checkpoint: {bad} in it is damaged")
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        if state['format'] != 1: raise DataError(f"{path} is of another version of this project: format {state['format']}, not 1")
+        return state
+    except OSError as e: raise DataError(f"{path} cannot be read: {e.strerror or e}") from None
+    except DataError: raise
+    except pickle.UnpicklingError:
+        raise DataError(f"{path} is no whole checkpoint: it is cut short, or holds more than tensors and numbers") from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+        raise DataError(f"{path} is no whole checkpoint: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:150]}") from None
+
+
+def _set_opt_state(opt, states, hypers):
+    for h,new in zip(opt.hypers, hypers): h.update(new)
+    for (p,*_),s in zip(opt.all_params(), states):
+        if s['has_grad']: p.grad = torch.zeros_like(p)
+        opt.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k,v in s.items() if k != 'has_grad'}

@@ -1,0 +1,167 @@
+"""Find the photos of a folder, and make the folders that training reads: train/, val/, test/, labels.json, encoding.json."""
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from fastcore.foundation import L
+
+from .files import _umask, DataError, write_json
+
+
+photo_suffixes = frozenset('.jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jp2 .mpo .ppm .pgm .pbm .tga'.split())
+
+
+def _scan(folder, above=(), photos=True):
+    "Photos below a folder, or all the other files, in no order"
+    try:
+        me = ((s := os.stat(folder)).st_dev, s.st_ino)
+        if me in above: return                                        # a link to a folder that it lies in
+        with os.scandir(folder) as found: entries = [e for e in found if e.name[0] != '.']
+    except OSError as e: raise DataError(f"{folder} cannot be searched for photos: {e.strerror}") from None
+    for e in entries:
+        if os.path.isdir(e.path) if e.is_symlink() else e.is_dir(): yield from _scan(e.path, (*above, me), photos)
+        elif (os.path.splitext(e.name)[1].lower() in photo_suffixes) == photos: yield e.path
+
+
+def list_photos(
+    folder:str|Path, # Searched to the bottom; hidden files are left out
+) -> list[Path]: # Sorted paths
+    "Every photo in a folder, flat or nested"
+    return [Path(p) for p in sorted(_scan(folder))] if Path(folder).is_dir() else []
+
+
+class PhotoPath(type(Path())):
+    "The path of a photo that remembers its label"
+    label = None
+
+
+class PhotoList:
+    "Paths of photos, and the label of each, held in two arrays"
+    def __init__(self,
+        root:str|Path, # The folder that all of them are in
+        names, # (n,) bytes: paths below `root`
+        codes=None, # (n,) whole numbers: the place of each one's label in `vocab`; -1: none
+        vocab:tuple=(), # Labels
+    ):
+        self.root, self.names, self.vocab = str(root), np.asarray(names, dtype='S'), tuple(vocab)
+        self.codes = np.full(len(self.names), -1, np.int32) if codes is None else np.asarray(codes, np.int32)
+
+    @property
+    def iloc(self): return self
+    def __len__(self): return len(self.names)
+    def __repr__(self): return f'PhotoList({len(self):,} photos in {self.root})'
+    def __add__(self, other): return PhotoList(self.root, np.concatenate([self.names, other.names]),
+                                               np.concatenate([self.codes, other.codes]), self.vocab)
+    def texts(self): return (os.path.join(self.root, os.fsdecode(n)) for n in self.names)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice) or np.ndim(i):
+            if not isinstance(i, slice): i = np.asarray(i, dtype=None if len(i) else int)
+            return PhotoList(self.root, self.names[i], self.codes[i], self.vocab)
+        path = PhotoPath(self.root, os.fsdecode(self.names[i]))
+        if self.codes[i] >= 0: path.label = self.vocab[self.codes[i]]
+        return path
+
+
+def photo_inputs(
+    image, # What `Photo` takes, a list of these, or a folder
+) -> tuple: # (list of photos, was it one photo?)
+    "What somebody wants to be told about, as a list; a `DataError` where there is nothing in it"
+    folder = isinstance(image, (str, Path)) and os.path.isdir(image)
+    if not folder and not isinstance(image, (list, tuple, L, PhotoList)): return [image], True
+    photos = list_photos(image) if folder else image
+    if not len(photos): raise DataError(f"{image} holds no photos" if folder else "there are no photos in this list")
+    return photos, False
+
+
+splits = ('train', 'val', 'test')
+
+
+def split_photos(
+    data_path:str|Path, # Folder with train/, val/ and perhaps test/
+    needed:tuple=('train','val'), # Splits that must have photos
+) -> dict[str,PhotoList]: # The photos of each split
+    "The photos of each split; a `DataError` where a needed one is missing or empty"
+    root, photos = os.path.join(data_path, ''), {}
+    for s in splits:
+        there = os.path.isdir(root + s)
+        if s in needed and not there: raise DataError(f"{data_path} has no folder {s}/; {_instead(data_path)}")
+        photos[s] = PhotoList(data_path, np.sort(np.array([os.fsencode(p[len(root):]) for p in _scan(root + s)], dtype='S')) if there else [])
+        if s in needed and not len(photos[s]):
+            raise DataError(f"{root}{s} holds no photos (looked for .jpg, .png and so on, to the bottom)")
+    return photos
+
+
+def _instead(data_path):
+    with suppress(OSError): 
+        if found := sorted(p.name for p in Path(data_path).iterdir() if p.is_dir()):
+            return f"it has {', '.join(found[:5])}; class folders become this layout by from_folders(src, dest)"
+    return 'it needs train/ and val/ with photos in them'
+
+
+class DataPaths(NamedTuple):
+    "What `train` and `ResNet` ask for, in their order"
+    data_path:Path
+    label_path:Path
+    label_encoding:Path
+
+
+def _new_folder(dest):
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise DataError(f"{dest} exists already and is not touched; name a new folder")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=dest.parent, prefix=f'.{dest.name}-'))
+
+
+def _finish(tmp, dest, labels, encoding):
+    write_json(tmp/'labels.json', labels)
+    write_json(tmp/'encoding.json', encoding)
+    tmp.chmod(0o777 & ~_umask())
+    tmp.replace(dest)
+    return DataPaths(dest, dest/'labels.json', dest/'encoding.json')
+
+
+def _link(src, dest):
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    for way in (os.link, os.symlink, shutil.copy2):
+        with suppress(OSError): return way(src.resolve(), dest)
+    raise DataError(f"{src} can neither be linked nor copied to {dest}")
+
+
+_split_names = {'train': ('train',), 'val': ('val', 'valid', 'validation'), 'test': ('test',)}
+
+
+def _class_folders(src):
+    "{split: {photo: path below the split}} of class folders"
+    found = {}
+    for split,names in _split_names.items():
+        folder = next((src/n for n in names if (src/n).is_dir()), None)
+        if folder is None and split != 'test': raise DataError(f"{src} has no folder {' or '.join(n + '/' for n in names)}")
+        found[split] = {p: p.relative_to(folder).as_posix() for p in list_photos(folder)} if folder else {}
+        loose = [p for p,rel in found[split].items() if '/' not in rel]
+        if loose and split != 'test': raise DataError(f"{loose[0]} lies in no class folder; move it to {folder/'CLASS'/loose[0].name}")
+        if not found[split] and split != 'test': raise DataError(f"{folder} holds no photos")
+    return found
+
+
+def from_folders(
+    src:str|Path, # Folder with train/CLASS/…, val/CLASS/… (or valid/, validation/) and perhaps test/
+    dest:str|Path, # A new folder
+) -> DataPaths: # dest and its two JSON files
+    "Turn class folders into this project's layout, linking the photos where possible; src is left as it is"
+    src, dest = Path(src), Path(dest)
+    found = _class_folders(src)
+    seen = [rel for rels in found.values() for rel in rels.values()]
+    twice, labels = {r for r in seen if seen.count(r) > 1} if len(set(seen)) < len(seen) else (), {}
+    tmp = _new_folder(dest)
+    try:
+        for split,rels in found.items():
+            for p,rel in rels.items():
+                _link(p, tmp/split/rel)
+                if '/' in rel: labels[f'{split}/{rel}' if rel in twice else rel] = rel.split('/')[0]
+        return _finish(tmp, dest, labels, {c: i for i,c in enumerate(sorted(set(labels.values())))})
+    finally: shutil.rmtree(tmp, ignore_errors=True)

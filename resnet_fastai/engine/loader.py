@@ -1,0 +1,112 @@
+"""Batches of photos: an order that several processes share, and draws that no number of workers changes."""
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fastai.data.block import DataBlock
+from fastai.data.core import Datasets, TfmdDL
+from fastai.torch_core import num_distrib
+from fastcore.basics import defaults
+from fastprogress.fastprogress import progress_bar
+from torch.utils.data import DataLoader
+
+from .files import DataError
+
+
+class _Answers:
+    def __init__(self, ask, photos): self.ask, self.names = ask, np.array([os.fsencode(p) for p in photos])    # compact: workers share it
+    def __len__(self): return len(self.names)
+    def __getitem__(self, i): return self.ask(Path(os.fsdecode(self.names[i])))
+
+
+def _same(x): return x
+
+
+def each_photo(
+    ask, # A function of a path, of which processes can have copies
+    photos:list, # Paths
+    num_workers:int|None=None, # Processes; None: one a core, none of them for a handful of photos
+) -> Iterator: # The answer for each photo, in their order
+    "Ask something of every photo, with a progress bar"
+    num_workers = (defaults.cpus if len(photos) >= 200 else 0) if num_workers is None else num_workers
+    loader = DataLoader(_Answers(ask, photos), batch_size=8, num_workers=num_workers, collate_fn=_same,
+                        generator=torch.Generator())         # of its own: a first reading must not change what training draws
+    yield from progress_bar((answer for some in loader for answer in some), total=len(photos), leave=False)
+
+
+class PhotoDL(TfmdDL):
+    "A `TfmdDL` whose order is compact, whose draws do not depend on the number of workers, and which several processes can share"
+    rank,world_size,shares = 0,1,None
+    def photos_in(self) -> list[int]:
+        "The number of photos in each batch, all processes together"
+        whole,rest = divmod(self.n, self.bs*self.world_size)
+        sizes = [self.bs*self.world_size]*whole
+        if not rest or self.drop_last: return sizes
+        if not self.shuffle or rest >= 2*self.world_size: return sizes + [rest]
+        if not sizes: raise DataError(f"{self.n} photos are too few for {self.world_size} process{'es' if self.world_size > 1 else ''}: "
+                                      "training needs two for each")
+        return sizes[:-1] + [sizes[-1] + rest]
+
+    def __len__(self): return len(self.photos_in())
+
+    def get_idxs(self):
+        "The order of an epoch; of it, this process's share"
+        self.epoch_seed = self.rng.getrandbits(64)
+        order = np.random.default_rng(self.epoch_seed).permutation(self.n) if self.shuffle else np.arange(self.n)
+        ends = np.cumsum([0, *self.photos_in()])
+        cut = (ends[:-1,None] + np.diff(ends)[:,None]*np.arange(self.world_size + 1)//self.world_size)[:, self.rank:self.rank+2]
+        self.shares = np.diff(cut)[:,0].tolist()
+        return np.concatenate([order[a:b] for a,b in cut]) if len(cut) else order[:0]
+
+    def sample(self):
+        if self.shares is None: return super().sample()
+        batches = np.split(self._DataLoader__idxs, np.cumsum(self.shares)[:-1])
+        return (i for batch in batches[self.offs::self.num_workers] for i in batch)
+
+    def chunkify(self, b):
+        if self.shares is None: return super().chunkify(b)
+        b = iter(b)
+        return filter(None, (list(islice(b, n)) for n in self.shares[self.offs::self.num_workers]))
+
+    def wif(self): gc.freeze()                                        # in a worker: the garbage collector writes to what it looks at
+
+    def do_item(self, i):
+        for t in self.after_item.fs:
+            if hasattr(t, 'rng'): t.rng.seed(getattr(self, 'epoch_seed', 0) << 32 | int(i or 0))
+        return super().do_item(i)
+
+
+def join_processes():
+    "Join the processes that `torchrun` or `accelerate launch` has started with this one; nothing where it is alone"
+    if num_distrib() < 2 or dist.is_initialized(): return
+    gpus = torch.cuda.is_available()
+    if gpus: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+
+
+@contextmanager
+def local_rank0_first(
+    wait:timedelta=timedelta(days=1), # How long the others wait at the most; the first look at a million photos takes an hour
+):
+    "One process of each machine runs what is inside; then its others do"
+    if num_distrib() < 2: return (yield)
+    late = int(os.environ.get('LOCAL_RANK', 0)) > 0
+    turn = dist.new_group(backend='gloo', timeout=wait)
+    if late: dist.barrier(turn)
+    yield
+    if not late: dist.barrier(turn)
+
+
+class PhotoBlock(DataBlock):
+    "A `DataBlock` whose first `n_train` items are for training, without a list of their million numbers"
+    n_train = 0
+    def datasets(self, source, verbose=False):
+        return Datasets(source, tfms=self._combine_type_tfms(), splits=[slice(self.n_train), slice(self.n_train, len(source))],
+                        dl_type=self.dl_type, n_inp=self.n_inp, verbose=verbose)

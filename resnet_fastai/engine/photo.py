@@ -1,0 +1,157 @@
+"""Decode one photo, upright and in RGB, no finer than it is needed."""
+import os
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from fastai.torch_core import show_image
+from simplejpeg import decode_jpeg
+
+from .download import _download, _is_page
+from .files import DataError, PhotoError
+
+
+def _to_rgb(img):
+    "8 bits of red, green and blue; what was transparent becomes white"
+    if img.mode == 'F': raise ValueError("its pixels are 32-bit fractions, whose white nobody knows; save it with 8 or 16 bits")
+    if img.mode[0] == 'I':                                             # 16 bits, whichever way they are stored
+        deep = np.asarray(img).astype(np.int64)
+        if deep.min() < 0 or deep.max() > 65535: raise ValueError("its pixels have 32 bits, whose white nobody knows; save it with 8 or 16")
+        return Image.fromarray((deep >> 8).astype(np.uint8)).convert('RGB')
+    if img.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in img.info:
+        img = img.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img).convert('RGB')
+    return img.convert('RGB')
+
+
+def _cut_short(
+    data:bytes, # A JPEG file
+) -> bool:
+    "Does a JPEG end before its picture does?"
+    end = data.rfind(b'\xff\xd9')
+    return end < 0 or data.find(b'\xff\xda', end) >= 0
+
+
+class Photo:
+    "A photo that is decoded when it is used, and as finely as it is needed; a `PhotoError` names it where that fails"
+    def __init__(self,
+        image:str|Path|bytes|Image.Image|np.ndarray, # A file, its http(s) URL, its bytes, a PIL image, or an array (H,W,3) of uint8, RGB
+    ):
+        self.name, self.data, self._img = repr(str(image)) if isinstance(image, (str, Path)) else f'this {type(image).__name__}', None, None
+        if isinstance(image, Image.Image): self._img = image
+        elif isinstance(image, np.ndarray): self._img = self._of_array(image)
+        elif isinstance(image, (bytes, bytearray, memoryview)): self.data = bytearray(image)
+        elif isinstance(image, str) and '://' in image: self.data = self._fetched(image)
+        elif isinstance(image, (str, Path)): self.data = self._read(image)
+        else: raise PhotoError(f"{self.name} is not a photo; pass a path, a URL (http or https), the bytes of a file, a PIL image, or an array "
+                               "(height, width, 3) of uint8; `predict` also takes a list of these, or a folder")
+
+    @classmethod
+    def create(cls,
+        image:str|Path|bytes|Image.Image|np.ndarray, # As above
+        **kwargs
+    ): return cls(image)
+
+    @contextmanager
+    def _named(self):
+        try: yield
+        except PhotoError: raise
+        except FileNotFoundError: raise PhotoError(f"{self.name} does not exist") from None
+        except Image.DecompressionBombError as e:
+            raise PhotoError(f"{self.name} is too large to be a photo: {e} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it.") from None
+        except Exception as e: raise PhotoError(f"{self.name} cannot be read as a photo: {_reason(e, self.name)}") from None
+
+    def _read(self, path):
+        with self._named():
+            mode = os.stat(path).st_mode
+            if not S_ISREG(mode): raise PhotoError(f"{self.name} is a {'folder' if S_ISDIR(mode) else 'pipe or a device'}, not a photo")
+            with open(path, 'rb') as f: return bytearray(f.read())
+
+    def _fetched(self, url, limit=64<<20, seconds=60):
+        if not url.lower().startswith(('http://', 'https://')): raise PhotoError(f"{url} starts with neither http:// nor https://")
+        try: _download(url, out := BytesIO(), limit, seconds)
+        except DataError as e: raise PhotoError(str(e)) from None
+        if _is_page(out.getvalue()): raise PhotoError(f"{url} gave a web page, not a photo; open it in a browser, and copy the photo's own address")
+        return bytearray(out.getbuffer())
+
+    def _of_array(self, a):
+        if a.dtype != np.uint8: raise PhotoError(f"{self.name} holds {a.dtype}; uint8 from 0 to 255 is needed: if x goes from 0 to 1, pass "
+                                                 "(255*x).round().astype('uint8')")
+        if not (a.size and (a.ndim == 2 or a.ndim == 3 and a.shape[2] in (3, 4))):
+            raise PhotoError(f"{self.name} has the shape {a.shape}; (height, width, 3) is needed, or (height, width) if it is grey; "
+                             "x.transpose(1, 2, 0) turns (3, height, width) into it")
+        return Image.fromarray(a)
+
+    def _open(self):
+        "The PIL image, its header read and its pixels not yet"
+        if self._img is None:
+            self._img = Image.open(BytesIO(self.data))
+            if self._img.format == 'TIFF': self._img.load()               # Pillow turns these by itself, as it loads them
+        w,h = self._img.size
+        if not 0 < max(w, h) <= 300*min(w, h): raise PhotoError(f"{self.name} is {w:,}×{h:,} pixels: a strip, not a photo")
+        return self._img
+
+    @property
+    def size(self) -> tuple: # Pixels
+        "Width and height of the upright photo"
+        with self._named():
+            img = self._open()
+            return img.size[::-1] if _turned(img) > 4 else img.size
+
+    def _jpeg(self, f):
+        "RGB of a JPEG at 1/f of its size; None where the decoder has a doubt that a kinder one may clear up"
+        w,h = self._open().size
+        try: rgb = decode_jpeg(self.data, 'RGB', min_height=-(-h//f), min_width=-(-w//f), min_factor=f)
+        except ValueError as e:
+            if 'remature' in str(e): raise PhotoError(f"{self.name} is damaged: a part of its picture is missing") from None
+            return None
+        return _upright(torch.from_numpy(rgb).permute(2,0,1), _turned(self._open()))
+
+    def pixels(self,
+        side:int|None=None, # Pixels that the short side must keep; None: all
+    ) -> tuple: # (RGB: (3,H,W) uint8 tensor or PIL image, at a scale of 1, 1/2, 1/4 or 1/8; that scale's divisor)
+        "The upright photo, decoded no finer than needed"
+        with self._named():
+            img = self._open()
+            if self.data is not None and img.format in ('JPEG', 'MPO'):
+                if _cut_short(self.data): raise PhotoError(f"{self.name} is cut short: a JPEG without its end; fetch it again")
+                f = next((f for f,spare in ((8, 1.5), (4, 1.125), (2, 1.125)) if side and min(img.size) >= f*spare*side), 1)
+                if img.mode in ('RGB', 'L') and (rgb := self._jpeg(f)) is not None: return rgb, f
+            if self.data is not None: self._img = None                     # used up: the next one reads the header again
+            return _to_rgb(ImageOps.exif_transpose(img)), 1
+
+    def show(self, ctx=None, **kwargs): return show_image(open_photo(self), ctx=ctx, **kwargs)
+
+
+def _reason(e, name):
+    if isinstance(e, Image.UnidentifiedImageError):
+        if name.lower().endswith((".heic'", ".heif'")): return 'Pillow opens HEIC only after pillow_heif.register_heif_opener()'
+        return 'not an image, or damaged'
+    return getattr(e, 'strerror', None) or str(e) or type(e).__name__
+
+
+def _turned(img):
+    "EXIF's orientation, 1 to 8; from 5 on the sides change places"
+    if img.format == 'JPEG' and not {'exif', 'xmp'} & img.info.keys(): return 1       # the usual case, without asking Pillow
+    return img.getexif().get(0x0112, 1)
+
+
+_flips = {2: (2,), 3: (1,2), 4: (1,), 6: (2,), 7: (1,2), 8: (1,)}    # by orientation; from 5 on rows and columns are exchanged first
+
+
+def _upright(rgb, orientation):
+    "Turn (3,H,W) pixels as EXIF asks"
+    if orientation > 4: rgb = rgb.transpose(1, 2)
+    return rgb.flip(_flips[orientation]) if orientation in _flips else rgb
+
+
+def open_photo(
+    image:str|Path|bytes|Image.Image|np.ndarray|Photo, # What `Photo` takes
+) -> Image.Image: # Upright, RGB, fully decoded
+    "Decode a photo; a `PhotoError` that names it where that fails"
+    rgb,_ = (image if isinstance(image, Photo) else Photo(image)).pixels()
+    return rgb if isinstance(rgb, Image.Image) else Image.fromarray(rgb.permute(1,2,0).contiguous().numpy())

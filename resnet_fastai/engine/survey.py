@@ -1,0 +1,61 @@
+"""Read every photo once: the sums of which its colour statistics are made, and which ones are bad."""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .files import PhotoError
+from .loader import each_photo
+from .photo import Photo
+
+
+def color_moments(
+    rgb:Image.Image|torch.Tensor, # RGB: a PIL image, or (3,H,W) uint8
+    chunk:int=1<<20, # Pixels at a time, so that memory does not grow with the photo
+) -> np.ndarray: # (4,4) float64: Σ x xᵀ over the pixels x = (R,G,B,1), RGB in [0,1]
+    "The sums of which mean and covariance of a photo's colours are made; they add up over photos"
+    if isinstance(rgb, Image.Image): rgb = torch.from_numpy(np.array(rgb)).permute(2,0,1)
+    m = np.zeros((4,4))
+    for x in rgb.permute(1,2,0).reshape(-1, 3).split(chunk): m += _chunk_moments(x)
+    return m
+
+
+def _chunk_moments(x):
+    n, x = len(x), F.pad(x.float() - 128, (0, 0, 0, -len(x) % 1024)).view(-1, 1024, 3)   # |x| ≤ 128, 1024·128² = 2²⁴: nothing is rounded
+    xx, s = ((x.transpose(1,2) @ x).double().sum(0).numpy(), x.sum(1).double().sum(0).numpy())
+    m = np.empty((4,4))
+    m[:3,:3] = xx + 128*(s[:,None] + s) + 128**2*n                                # back from x - 128 to x
+    m[3,:3] = m[:3,3] = 255*(s + 128*n)
+    m[3,3] = 255**2*n
+    return m/255**2
+
+
+def _moments(path):
+    "The `color_moments` of a photo, or the reason why it has none"
+    try: return color_moments(Photo(path).pixels()[0])
+    except PhotoError as e: return str(e)
+
+
+def scan_photos(
+    paths:list, # Photos
+    num_workers:int|None=None, # Processes; None: one a core, none of them for a handful of photos
+) -> tuple: # ((4,4,n) moments, zeros where a photo is bad; {place: why it cannot be read})
+    "Decode every photo once, with a progress bar: its colour moments, and which ones are bad"
+    moments, bad = np.zeros((len(paths), 4, 4)), {}
+    for i,m in enumerate(each_photo(_moments, paths, num_workers)):
+        if isinstance(m, str): bad[i] = m
+        else: moments[i] = m
+    return moments, bad
+
+
+def _fail_or_skip(bad, n, on_bad):
+    if not bad: return
+    first = bad[min(bad)]
+    if on_bad == 'skip': return print(f"left out {len(bad):,} of {n:,} photos that cannot be read; first: {first}")
+    raise PhotoError(f"{first} ({len(bad):,} of {n:,} photos); repair or remove them, or pass on_bad='skip' to train without them")
+
+
+def _sum(moments, bad):
+    n = int((moments[:,3,3] > 0).sum())
+    if not n: raise PhotoError(f"none of the {len(moments):,} photos can be read; first: {next(iter(bad.values()), 'there is none')}")
+    return moments.sum(0), n

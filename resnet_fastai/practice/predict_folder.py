@@ -1,0 +1,194 @@
+"""The likeliest labels of a folder of photos, in a table that an interrupted run goes on with."""
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import time
+import zlib
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from fastprogress.fastprogress import progress_bar
+
+from ..engine.fast_net import _bare, weights_hash
+from ..engine.files import _one_of, DataError, PhotoError, atomic_write, write_json
+from ..engine.layout import list_photos, PhotoList
+from ..inference import _answers, _parts, protocols
+
+
+def _line(row):
+    "A row as CSV; names in the disk's bytes, what is neither these nor Unicode with escapes"
+    csv.writer(text := io.StringIO(), lineterminator='\r\n').writerow(row)
+    line = text.getvalue()[:-2] + '\n'                                           # with '\r\n' given, a name with either of them is quoted
+    try: return line.encode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError: return line.encode('utf-8', 'backslashreplace')
+
+
+class ResumableCSV:
+    "A CSV file that grows in blocks, and a JSON file beside it that knows what is in it and which block comes last"
+    def __init__(self,
+        dest:str|Path, # The CSV file; made, or gone on with
+        columns:list, # Its header
+        what:dict, # What its rows come from; another run's rows are refused
+    ):
+        self.dest, self.beside, self.what, self.length, self.sum = Path(dest), Path(f'{dest}.run.json'), what, 0, 0
+        if self.dest.exists() and not self.beside.exists():
+            raise DataError(f"{dest} exists and is not ours to go on with; name another file, or move it away")
+        self.dest.parent.mkdir(parents=True, exist_ok=True)
+        if self.dest.exists(): self._go_on()
+        else: self._append(_line(columns))
+
+    def _append(self, block):
+        then = block.decode('utf-8', 'surrogateescape')
+        write_json(self.beside, dict(what=self.what, bytes=self.length, sum=self.sum, then=then))      # first: a kill leaves nothing that nobody knows
+        self._write(block, block)
+
+    def _write(self, rest, block):
+        with open(self.dest, 'ab') as f: f.write(rest); f.flush(); os.fsync(f.fileno())
+        self.length, self.sum = self.length + len(block), zlib.crc32(block, self.sum)
+
+    def _go_on(self):
+        try:
+            kept = json.loads(self.beside.read_text(encoding='utf-8'))
+            was, self.length, self.sum, then = kept['what'], int(kept['bytes']), kept['sum'], kept['then'].encode('utf-8', 'surrogateescape')
+        except (ValueError, KeyError, TypeError, AttributeError): raise DataError(f"{self.beside} is damaged; move it and {self.dest} away") from None
+        if other := [k for k in self.what if was.get(k) != self.what[k]]:
+            raise DataError(f"{self.dest} was begun with another {' and another '.join(other)}; name another file, or move it away")
+        begun = self._last(len(then))
+        if begun is None or not then.startswith(begun): raise self._changed()
+        self._write(then[len(begun):], then)                                      # what a kill has left out of the last block
+
+    def _last(self, n):
+        "What the file holds of its last block; None where what comes before has been changed"
+        with open(self.dest, 'rb') as f:
+            left, found = self.length, 0
+            while left and (some := f.read(min(left, 1 << 20))): left, found = left - len(some), zlib.crc32(some, found)
+            return f.read(n + 1) if (left, found) == (0, self.sum) else None
+
+    def _changed(self):
+        return DataError(f"{self.dest} is not as it was left: somebody has changed it; name another file, or move it away")
+
+    def add(self, rows):
+        "Write a block of rows; when this returns, they are safe"
+        if self.dest.stat().st_size != self.length: raise self._changed()        # by the same command, started twice, for example
+        self._append(b''.join(map(_line, rows)))
+
+    def ids(self):
+        "The first column, without the header"
+        with open(self.dest, encoding='utf-8', errors='surrogateescape', newline='') as f:
+            return {row[0] for i,row in enumerate(csv.reader(f)) if i}
+
+
+def _columns(n): return ['id', *(f'{what}_{i}' for i in range(1, n+1) for what in ('label', 'prob')), 'error']
+
+
+def _row(name, probs, known, n):
+    "A row of the table: a photo's likeliest labels, or why there are none"
+    if isinstance(probs, Exception): return [name, *['']*(2*n), str(probs)]
+    labels,index = known
+    best = np.argsort(-probs[0][index], kind='stable')[:n]
+    return [name, *chain(*((labels[i], str(probs[0][index[i]])) for i in best)), '']
+
+
+def _table(rows, n):
+    "A frame of rows, or of a CSV file of them (whole, or an iterator over parts)"
+    floats = {f'prob_{i}': 'float32' for i in range(1, n+1)}
+    if not isinstance(rows, list):
+        return pd.read_csv(rows, dtype={c: floats.get(c, object) for c in _columns(n)}, na_values={c: [''] for c in floats},
+                           keep_default_na=False, encoding_errors='surrogateescape')
+    frame = pd.DataFrame(rows, columns=_columns(n), dtype=object)             # pyarrow's strings refuse names that are not UTF-8
+    return frame.assign(**{c: pd.to_numeric(frame[c]).astype('float32') for c in floats})
+
+
+def _write_parquet(rows, dest, n, block=10_000):
+    "A Parquet file of a CSV file, some rows at a time"
+    import pyarrow as pa, pyarrow.parquet as pq
+    schema = pa.schema([(c, pa.float32() if c.startswith('prob_') else pa.string()) for c in _columns(n)])
+    with atomic_write(dest) as part, pq.ParquetWriter(part, schema) as out, open(rows, encoding='utf-8', errors='backslashreplace', newline='') as f:
+        reader, _ = (r := csv.reader(f)), next(r)
+        while some := [row for _,row in zip(range(block), reader)]:
+            out.write_table(pa.Table.from_pandas(_table(some, n), schema, preserve_index=False))
+
+
+def _named_photos(photos):
+    "All photos below a folder, or those of a list; what makes an id of one; the folder that the ids are seen from"
+    if isinstance(photos, (str, Path)):
+        if not Path(photos).is_dir(): raise DataError(f"{photos} is not a folder; pass a folder of photos, or a list of paths")
+        root, paths = os.path.join(photos, ''), list_photos(photos)
+        if not paths: raise DataError(f"{photos} holds no photos (looked for .jpg, .png and so on, to the bottom)")
+        below = lambda p: Path(os.path.relpath(p, root)).as_posix()
+        return PhotoList(photos, [os.fsencode(below(p)) for p in paths]), below, os.path.abspath(photos)
+    photos = photos if isinstance(photos, PhotoList) else list(photos)
+    if (wrong := next((p for p in photos if not isinstance(p, (str, Path))), None)) is not None:
+        raise DataError(f"{wrong!r:.80} is not a path; pass a folder, or a list of paths")
+    texts = photos.texts() if isinstance(photos, PhotoList) else photos
+    return photos, str, None if all(map(os.path.isabs, texts)) else os.getcwd()
+
+
+def _origin(parts, n, protocol, folder):
+    "What the rows of a file depend on, as JSON holds it"
+    labels = hashlib.sha256(json.dumps([sorted(parts.labels.encoding.items()), parts.stats.as_dict(), parts.size]).encode()).hexdigest()
+    return {'model': [weights_hash(_bare(parts.net)), labels], 'n': n, 'protocol': protocol, 'folder': folder}
+
+
+def predict_folder(
+    model, # A `ResNet`, or a learner over `resnet_dls`
+    photos:str|Path|list, # A folder, searched to the bottom, or a list of paths
+    dest:str|Path|None=None, # A .csv or .parquet file, made or gone on with; None: rows stay in memory
+    n:int=5, # How many labels
+    protocol:str='50crop', # '1crop', '10crop', '50crop' or 'dense'
+    precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
+    num_workers:int|None=None, # Threads that decode photos; None: one a core
+    bs:int|None=None, # Crops that go through the network at a time; None: as many as suit the hardware
+) -> pd.DataFrame: # id, label_1, prob_1, …, error: why a photo cannot be read, '' for the others
+    "The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too)"
+    parts = _parts(model)
+    _one_of('protocol', protocol, protocols)
+    if type(n) is not int or not 1 <= n <= (known := len(parts.labels)):
+        raise DataError(f"n is {n!r}; this model knows {known} labels, so it must be from 1 to {known}")
+    untrained = isinstance(history := getattr(model, 'history', None), pd.DataFrame) and history.empty
+    if untrained and 'origin' not in getattr(getattr(model, 'trained', None), 'training', {}):
+        raise DataError("this model has not been trained; call fit() first, or load a saved model")
+    photos,name,folder = _named_photos(photos)
+    rows = _open_rows(dest, n, _origin(parts, n, protocol, folder)) if dest is not None else None
+    done = rows.ids() if rows else set()
+    todo = [i for i in range(len(photos)) if name(photos[i]) not in done] if done else range(len(photos))
+    some = _work(parts, photos, todo, name, n, (protocol, precision, num_workers, bs), rows) if todo else []
+    if rows is None: return _table(some, n)
+    if str(dest).endswith('.parquet') and not _newer(dest, rows.dest): _write_parquet(rows.dest, dest, n)
+    return _table(rows.dest, n)
+
+
+def _newer(a, b): return os.path.exists(a) and os.stat(a).st_mtime_ns > os.stat(b).st_mtime_ns
+
+
+def _open_rows(dest, n, what):
+    suffix = Path(dest).suffix
+    if suffix not in ('.csv', '.parquet'): raise DataError(f"{dest} ends in neither .csv nor .parquet")
+    if suffix == '.csv': return ResumableCSV(dest, _columns(n), what)
+    if importlib.util.find_spec('pyarrow') is None:
+        raise DataError(f"{dest}: Parquet files need pyarrow; install it (pip install pyarrow), or name a .csv file")
+    if Path(dest).exists() and not Path(f'{dest}.csv').exists():
+        raise DataError(f"{dest} exists and is not ours to go on with; name another file, or move it away")
+    return ResumableCSV(f'{dest}.csv', _columns(n), what)
+
+
+def _work(parts, photos, todo, name, n, how, rows, block=200, seconds=20):
+    "Ask about photos; give their rows to `rows` in blocks, or return them"
+    protocol, precision, num_workers, bs = how
+    known = (list(parts.labels.encoding), np.array(list(parts.labels.encoding.values())))
+    found = _answers(parts, (photos[i] for i in todo), [protocol], False, 'probs', precision, num_workers, bs, skip=PhotoError)
+    bar, some, start = progress_bar(found, total=len(todo), leave=False), [], time.perf_counter()
+    saved = start
+    try:
+        for k,(probs,i) in enumerate(zip(bar, todo), 1):                        # the bar first: it is to see its end
+            some.append(_row(name(photos[i]), probs, known, n))
+            bar.comment = f'{k/(time.perf_counter() - start):.1f} photos/s'
+            if rows and (len(some) >= block or time.perf_counter() - saved > seconds): some, full, saved = [], some, time.perf_counter(); rows.add(full)
+    finally:
+        if rows and some: rows.add(some)
+    return some
