@@ -59,7 +59,7 @@ class Block(nn.Module):
         if self.downsample is not None: y = y + self.downsample(x)               # eq. 1
         return self.relu(y)
 
-# %% ../nbs/01_model.ipynb #3fd42989
+# %% ../nbs/01_model.ipynb #5810b213
 def block_convs(
     ni:int, # Channels in
     nf:int, # Channels out
@@ -67,15 +67,15 @@ def block_convs(
     layers:int=3, # 3: bottleneck, 2: two 3×3
     stride_at:str='1x1', # Which convolution of a bottleneck has the stride: '1x1' or '3x3'
 ) -> list: # Of (channels in, channels out, kernel, stride)
-    "The convolutions of a block's F"                         # §3.3, Table 1 and Figure 5
+    "The convolutions of a block's F"                        # §3.3, Table 1 and Figure 5
     one_of('stride_at', stride_at, ('1x1', '3x3'))
     if one_of('layers', layers, (2, 3)) == 2: return [(ni, nf, 3, stride), (nf, nf, 3, 1)]
     s1,s3 = (stride, 1) if stride_at == '1x1' else (1, stride)
     return [(ni, nf//4, 1, s1), (nf//4, nf//4, 3, s3), (nf//4, nf, 1, 1)]
 
-# %% ../nbs/01_model.ipynb #426ca432
+# %% ../nbs/01_model.ipynb #6eccdf80
 class ZeroPad(nn.Module):
-    "Every `stride`-th pixel, and zeros for the channels that are new"           # §3.3, option A
+    "Every `stride`-th pixel, and zeros for the channels that are new"     # §3.3, option A
     def __init__(self,
         new:int, # Channels to add
         stride:int, # 2 halves the resolution
@@ -92,21 +92,22 @@ def make_shortcut(
     nf:int, # Channels out
     stride:int, # 2 halves the resolution
 ) -> nn.Module|None: # None: no shortcut
-    "What lies beside F"                                                         # §3.2, eq. 1 and 2
+    "What lies beside F"                                     # §3.2, eq. 1 and 2
     one_of('shortcut', kind, ('identity', 'projection', 'zeros', 'none'))
     if kind == 'none': return None
     if kind == 'zeros': return ZeroPad(nf-ni, stride)
-    if kind == 'projection': return nn.Sequential(conv(ni, nf, 1, stride), nn.BatchNorm2d(nf))
+    if kind == 'projection':
+        return nn.Sequential(conv(ni, nf, 1, stride), nn.BatchNorm2d(nf))
     if (ni, stride) == (nf, 1): return nn.Identity()
-    raise ValueError(f"an identity cannot go from {ni} to {nf} channels with stride {stride}; "
-                     "shortcut='projection' or 'zeros' can")
+    raise ValueError(f"an identity cannot go from {ni} to {nf} channels with stride "
+                     f"{stride}; shortcut='projection' or 'zeros' can")
 
-# %% ../nbs/01_model.ipynb #77950fed
+# %% ../nbs/01_model.ipynb #27092eca
 def IdentityBlock(
     nf:int, # Channels in and out
     layers:int=3, # 3: bottleneck, 2: two 3×3
 ) -> Block:
-    "A block whose shortcut is its input"                                        # §3.2, eq. 1
+    "A block whose shortcut is its input"                    # §3.2, eq. 1
     return Block(nf, nf, layers=layers)
 
 def ProjectionBlock(
@@ -116,7 +117,7 @@ def ProjectionBlock(
     layers:int=3, # 3: bottleneck, 2: two 3×3
     stride_at:str='1x1', # Which convolution of a bottleneck has the stride: '1x1' or '3x3'
 ) -> Block:
-    "A block whose shortcut is a 1×1 convolution and BN"                         # §3.2, eq. 2
+    "A block whose shortcut is a 1×1 convolution and BN"     # §3.2, eq. 2
     return Block(ni, nf, stride, 'projection', layers, stride_at)
 
 def ZeroPadBlock(
@@ -126,11 +127,11 @@ def ZeroPadBlock(
     layers:int=3, # 3: bottleneck, 2: two 3×3
     stride_at:str='1x1', # Which convolution of a bottleneck has the stride: '1x1' or '3x3'
 ) -> Block:
-    "A block whose shortcut has no parameters although the shape changes"        # §3.3, option A
+    "A block whose shortcut has no parameters, though the shape changes"     # option A
     return Block(ni, nf, stride, 'zeros', layers, stride_at)
 
-# %% ../nbs/01_model.ipynb #30edba27
-_options = dict(A=('identity', 'zeros'), B=('identity', 'projection'),           # §3.3
+# %% ../nbs/01_model.ipynb #2fb4644a
+_options = dict(A=('identity', 'zeros'), B=('identity', 'projection'),       # §3.3
                 C=('projection', 'projection'), none=('none', 'none'))
 
 def stage(
@@ -148,12 +149,12 @@ def stage(
     blocks = [Block(ni, nf, stride, first, layers, stride_at)]
     return nn.Sequential(*blocks, *[Block(nf, nf, 1, stays, layers) for _ in range(n-1)])
 
-# %% ../nbs/01_model.ipynb #7aa8fbb5
+# %% ../nbs/01_model.ipynb #e09b7367
 def init_he(
     net:nn.Module, # Changed in place
     zero_init_residual:bool=False, # Start every block as its shortcut (not in the paper)
 ) -> nn.Module: # The same network
-    "Draw every convolution's weights by He's rule, fan-out"                     # §3.4, [13]
+    "Draw every convolution's weights by He's rule, fan-out" # §3.4, [13]
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
@@ -163,12 +164,13 @@ def init_he(
             nn.init.zeros_(getattr(m, f'bn{m.layers}').weight)
     return net
 
-# %% ../nbs/01_model.ipynb #365a1e51
-_table1 = {18: (2, (2,2,2,2)), 34: (2, (3,4,6,3)), 50: (3, (3,4,6,3)),           # layers of F, blocks
+# %% ../nbs/01_model.ipynb #fc40609a
+_table1 = {18: (2, (2,2,2,2)), 34: (2, (3,4,6,3)), 50: (3, (3,4,6,3)), # layers of F, blocks
            101: (3, (3,4,23,3)), 152: (3, (3,8,36,3))}
 
 def _stem(nf, ks, stride):
-    return OrderedDict(conv1=conv(3, nf, ks, stride), bn1=nn.BatchNorm2d(nf), relu=nn.ReLU(True))
+    return OrderedDict(conv1=conv(3, nf, ks, stride), bn1=nn.BatchNorm2d(nf),
+                       relu=nn.ReLU(inplace=True))
 
 def _head(nf, n_out):
     "The average over all positions, and the logits"
@@ -187,11 +189,11 @@ def resnet(
     nfs = [64] + [nf*(4 if layers == 3 else 1) for nf in (64,128,256,512)]
     net = _stem(64, 7, 2) | OrderedDict(maxpool=nn.MaxPool2d(3, 2, padding=1))
     for i,n in enumerate(counts):
-        stride = 2 if i else 1                                                   # §3.3
-        net[f'layer{i+1}'] = stage(nfs[i], nfs[i+1], n, stride, shortcut, layers, stride_at)
+        stride = 2 if i else 1                               # §3.3
+        net[f'layer{i+1}'] = stage(
+            nfs[i], nfs[i+1], n, stride, shortcut, layers, stride_at)
     return init_he(nn.Sequential(net | _head(nfs[-1], n_out)), zero_init_residual)
 
-# %% ../nbs/01_model.ipynb #337e3830
 def resnet50(
     n_out:int=1000, # Outputs
     **kwargs, # For `resnet`: shortcut, stride_at, zero_init_residual
@@ -203,17 +205,17 @@ def plain(
     depth:int=34, # 18 or 34
     n_out:int=1000, # Outputs
 ) -> nn.Sequential: # (B,3,H,W) → logits (B,n_out)
-    "The layers of `resnet(depth)` without its shortcuts"                        # §3.3, Table 2
+    "The layers of `resnet(depth)` without its shortcuts"    # §3.3, Table 2
     return resnet(one_of('depth', depth, (18, 34)), n_out, shortcut='none')
 
-# %% ../nbs/01_model.ipynb #2c443858
+# %% ../nbs/01_model.ipynb #8c518025
 def cifar_resnet(
     n:int=3, # Blocks in each of the three stages; 6n+2 layers
     n_out:int=10, # Outputs
     shortcut:str='A', # 'A' in the paper, 'B' or 'C'; 'none' for a plain net
     zero_init_residual:bool=False, # Start every block as its shortcut
 ) -> nn.Sequential: # (B,3,32,32) → logits (B,n_out)
-    "A network of the paper's CIFAR-10 family"                                   # §4.2
+    "A network of the paper's CIFAR-10 family"               # §4.2
     n,net = whole_number('n', n),_stem(16, 3, 1)
     for i,(ni,nf) in enumerate([(16,16), (16,32), (32,64)]):
         net[f'layer{i+1}'] = stage(ni, nf, n, 2 if i else 1, shortcut, layers=2)
@@ -226,8 +228,9 @@ def cifar_plain(
     "`cifar_resnet(n)` without shortcuts"
     return cifar_resnet(n, n_out, shortcut='none')
 
-# %% ../nbs/01_model.ipynb #42328aa2
-_families = dict(resnet=resnet, plain=plain, cifar_resnet=cifar_resnet, cifar_plain=cifar_plain)
+# %% ../nbs/01_model.ipynb #db2a5c43
+_families = dict(resnet=resnet, plain=plain,
+                 cifar_resnet=cifar_resnet, cifar_plain=cifar_plain)
 
 def build_net(
     arch:str='resnet50', # 'resnet18' … 'resnet152', 'plain34', 'cifar_resnet20', …
@@ -241,9 +244,10 @@ def build_net(
         return _families[family](depth, n_out, **kwargs)
     if family.startswith('cifar') and depth > 2 and depth % 6 == 2:
         return _families[family]((depth-2)//6, n_out, **kwargs)
-    raise ValueError(f"there is no network {arch!r:.80}; there are "
-                     f"{', '.join(f'resnet{d}' for d in _table1)}, plain18, plain34, and cifar_resnet "
-                     "and cifar_plain with 6n+2 layers (cifar_resnet20, cifar_plain56, …)")
+    raise ValueError(
+        f"there is no network {arch!r:.80}; there are "
+        f"{', '.join(f'resnet{d}' for d in _table1)}, plain18, plain34, and "
+        "cifar_resnet and cifar_plain with 6n+2 layers (cifar_resnet20, …)")
 
 # %% ../nbs/01_model.ipynb #e58d33c5
 def count_params(

@@ -19,8 +19,9 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 from PIL import ImageOps
 
-from resnet_fastai.data import draw_photo, write_json
-from resnet_fastai.training import StepLR, WarmUp, resnet_learner
+from resnet_fastai.engine.demo_photos import draw_photo
+from resnet_fastai.engine.files import write_json
+from resnet_fastai.training import MultiStepLR, WarmUp, resnet_learner
 
 textures = 'stripes', 'checks', 'dots', 'rings', 'bricks', 'zigzag', 'weave', 'mesh'
 kinds, depths, seeds = ('plain', 'resnet'), (8, 20, 44), (0, 1, 2)
@@ -70,13 +71,15 @@ def train(
     seed:int=0, # Of the weights and of the order of the photos
     lr:float=lr, # Rate after the warm-up
     warm_up:bool=True, # Begin with a tenth of it
+    weights:dict|None=None, # A state dict to start from, in the place of random weights
 ) -> dict: # kind, depth, seed, lr, warm_up, the updates that it took, and epochs: a row for each
     "Train one net by the paper's recipe, in small: a warm-up, a constant rate, and a tenth of it in the last quarter"
     set_seed(seed)
     dls.train.rng.seed(seed)
     total = epochs*len(dls.train)
     cbs = [MeanLoss(), *([WarmUp(lr/10, warm_until, window=20)] if warm_up else [])]
-    learn = resnet_learner(dls, f'cifar_{kind}{depth}', bs=bs, lr=lr, schedule=StepLR(updates=(total*3//4,)), cbs=cbs)
+    learn = resnet_learner(dls, f'cifar_{kind}{depth}', bs=bs, lr=lr, schedule=MultiStepLR(updates=(total*3//4,)), cbs=cbs)
+    if weights: learn.model.load_state_dict(weights)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
     rows = [dict(updates=(r['epoch'] + 1)*len(dls.train), train_loss=round(r['train_loss'], 4), train_error=round(r['train_error'], 4),
                  test_error=round(r['top1_error'], 4)) for r in learn.history.rows]
