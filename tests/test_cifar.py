@@ -1,8 +1,13 @@
-"The CIFAR-10 script: crops beside a brute-force version, the schedule beside the paper's, a run that is stopped and goes on."
+"The CIFAR-10 scripts: data in four layouts, published weights, crops beside a brute-force version, a run that is stopped and goes on."
 import importlib.util
+import io
 import json
+import pickle
 import shutil
 import signal
+import struct
+import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,21 +15,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
 from resnet_fastai.engine.files import DataError, PhotoError
+from resnet_fastai.model import build_net
 from resnet_fastai.training import WarmUp
 
 experiments = Path(__file__).resolve().parent.parent/'nbs'/'experiments'
 spec = importlib.util.spec_from_file_location('cifar10_script', experiments/'cifar10.py')
 cifar = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cifar)
+sha256 = dict(train='d59acf989e068e709ce686cda292672c7b212c08d29d3d3e6d8c3aa99eba6a85',      # of CIFAR-10's photos and labels
+              test='899683d46c3a8c66fd56e1af12202e69fe5a4517be10b0f68e04c78fe585c57c')
 classes = 'bird', 'cat', 'ship'
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore:.*is not CIFAR-10')]
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "60 drawn JPEGs of 32×32 in three classes: 48 to train on, 12 to test"
+    "60 drawn PNGs of 32×32 in three classes: 48 to train on, 12 to test"
     root, rng = tmp_path_factory.mktemp('cifar'), np.random.default_rng(0)
     for split, n in dict(train=16, test=4).items():
         for c, name in enumerate(classes):
@@ -32,7 +42,7 @@ def folder(tmp_path_factory):
             for i in range(n):
                 pixels = rng.integers(0, 250, (32, 32, 3))
                 pixels[..., c] += 5                                      # a hint, so that there is something left to learn
-                Image.fromarray(pixels.astype(np.uint8)).save(root/split/name/f'{i:04}.jpg', quality=95)
+                Image.fromarray(pixels.astype(np.uint8)).save(root/split/name/f'{i:04}.png')
     return root
 
 
@@ -67,10 +77,178 @@ def test_photos_are_pillows(folder, tmp_path):
     assert data['classes'] == list(classes) and [len(data[s][0]) for s in ('train', 'test')] == [48, 12]
     for split in ('train', 'test'):
         x, y = data[split]
-        paths = sorted((folder/split).rglob('*.jpg'))
-        for i, p in enumerate(paths):
-            assert classes[y[i]] == p.parent.name
-            assert np.abs(x[i].permute(1, 2, 0).numpy().astype(int) - np.asarray(Image.open(p)).astype(int)).max() <= 3      # decoders differ
+        for i, p in enumerate(sorted((folder/split).rglob('*.png'))):
+            assert classes[y[i]] == p.parent.name and np.array_equal(x[i].permute(1, 2, 0), np.asarray(Image.open(p)))
+
+
+# ── The data set, in four layouts ────────────────────────────────────────────────────────────────────────────────────────────
+
+def python2(value):
+    "Opcodes of protocol 2 as Python 2 wrote them, in which CIFAR-10 was published: its texts are bytes now"
+    if isinstance(value, dict): return b'}(' + b''.join(python2(k) + python2(v) for k, v in value.items()) + b'u'
+    if isinstance(value, list): return b'](' + b''.join(map(python2, value)) + b'e'
+    if isinstance(value, int): return b'J' + struct.pack('<i', value)
+    if isinstance(value, str): return b'U' + bytes([len(value)]) + value.encode()
+    n, m = value.shape
+    return (b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR(K\x01J' + struct.pack('<i', n) + b'J' + struct.pack('<i', m)
+            + b'\x86cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb'
+            + b'\x89T' + struct.pack('<i', value.size) + value.tobytes() + b'tb')
+
+
+def write_batches(folder, x, y, tx, ty, names, dump):
+    "CIFAR-10's files, by `dump` (value → bytes)"
+    folder.mkdir(parents=True)
+    files = {f'data_batch_{i+1}': (x[i::5], y[i::5]) for i in range(5)} | dict(test_batch=(tx, ty))
+    for name, (pixels, labels) in files.items():
+        rows = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).reshape(len(pixels), -1)
+        (folder/name).write_bytes(dump(dict(batch_label=name, labels=labels.tolist(), data=rows)))
+    (folder/'batches.meta').write_bytes(dump(dict(num_cases_per_batch=10_000, label_names=list(names))))
+
+
+@pytest.fixture(scope='module')
+def arrays(folder):
+    "The photos of `folder` as Pillow reads them: x (N,32,32,3), y, tx, ty"
+    found = []
+    for split in ('train', 'test'):
+        paths = sorted((folder/split).rglob('*.png'))
+        found += [np.stack([np.asarray(Image.open(p)) for p in paths]), np.array([classes.index(p.parent.name) for p in paths])]
+    return found
+
+
+@pytest.mark.parametrize('writer', ['python 2', 'python 3'])
+def test_pickled_batches(folder, arrays, tmp_path, writer):
+    dump = (lambda o: b'\x80\x02' + python2(o) + b'.') if writer == 'python 2' else lambda o: pickle.dumps(o, protocol=2)
+    write_batches(tmp_path/'cifar-10-batches-py', *arrays, classes, dump)
+    if writer == 'python 2':                                             # numpy reads what this test wrote as it should be
+        told = pickle.loads((tmp_path/'cifar-10-batches-py'/'test_batch').read_bytes(), encoding='bytes')
+        assert np.array_equal(told[b'data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), arrays[2])
+    for path in (tmp_path, tmp_path/'cifar-10-batches-py'):              # torchvision's root, or the folder in it
+        found = cifar.cifar10(path)
+        assert found['classes'] == list(classes) and found['about']['kind'] == 'pickled batches' and not found['about']['lossy']
+        assert np.array_equal(found['test'][0].permute(0, 2, 3, 1), arrays[2]) and np.array_equal(found['test'][1], arrays[3])
+        order = np.concatenate([np.arange(i, 48, 5) for i in range(5)])
+        assert np.array_equal(found['train'][0].permute(0, 2, 3, 1), arrays[0][order]) and np.array_equal(found['train'][1], arrays[1][order])
+    assert found['about']['sha256'] == cifar.cifar10(folder, tmp_path)['about']['sha256']      # in whatever order
+
+
+class Evil:
+    "What a pickle may do when it is read as usual"
+    def __reduce__(self): return exec, ('import pathlib; pathlib.Path("was_run").touch()',)
+
+
+@pytest.mark.parametrize('content', [pickle.dumps(Evil()), pickle.dumps(dict(data=Evil(), labels=[1])), pickle.dumps(dict(data=np.array([Evil()]), labels=[1])),
+                                     pickle.dumps([1, 2]), pickle.dumps(dict(labels=[1])), b'', b'hello',
+                                     b'cbuiltins\neval\n(U\x011tR.', b'cnumpy.core.multiarray\nscalar\n.'])
+def test_a_pickle_runs_nothing(arrays, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    write_batches(tmp_path/'own', *arrays, classes, pickle.dumps)
+    (tmp_path/'own'/'data_batch_3').write_bytes(content)
+    with pytest.raises(DataError, match=r'data_batch_3 cannot be read as a part of CIFAR-10'): cifar.cifar10(tmp_path/'own')
+    assert not (tmp_path/'was_run').exists()
+
+
+def test_npz(arrays, tmp_path):
+    x, y, tx, ty = arrays
+    np.savez(tmp_path/'c.npz', x=x, y=y, tx=tx, ty=ty, classes=classes)
+    found = cifar.cifar10(tmp_path/'c.npz')
+    assert found['about']['kind'] == 'npz' and found['classes'] == list(classes) and np.array_equal(found['train'][1], y)
+    assert np.array_equal(found['train'][0].permute(0, 2, 3, 1), x) and np.array_equal(found['test'][0].permute(0, 2, 3, 1), tx)
+    for bad, says in [(dict(y=y[:-1]), '48 train photos have 47 labels'), (dict(tx=tx[:, :30]), r'the test photos are \(12, 3, 30, 32\)'),
+                      (dict(x=x.astype(np.float32)), 'float32'), (dict(ty=ty + 1), 'label lies outside the 3 classes'), (dict(y=None), 'lacks y')]:
+        told = {k: v for k, v in (dict(x=x, y=y, tx=tx, ty=ty, classes=classes) | bad).items() if v is not None}
+        np.savez(tmp_path/'bad.npz', **told)
+        with pytest.raises(DataError, match=says): cifar.cifar10(tmp_path/'bad.npz')
+
+
+def test_the_checksum_is_of_photos_and_labels(arrays):
+    x, y = torch.from_numpy(arrays[0]).permute(0, 3, 1, 2), torch.from_numpy(arrays[1])
+    order, once = torch.randperm(48), cifar.checksum(x, y)
+    assert once == cifar.checksum(x[order], y[order]) == cifar.checksum(x.contiguous(), y)
+    other, pixel = y.clone(), x.clone()
+    other[[0, 47]], pixel[5, 1, 2, 3] = y[[47, 0]], x[5, 1, 2, 3] ^ 1
+    assert len({once, cifar.checksum(x, other), cifar.checksum(pixel, y), cifar.checksum(x[1:], y[1:])}) == 4
+
+
+def jpeg(img, **how):
+    file = io.BytesIO()
+    Image.fromarray(img).save(file, 'JPEG', **how)
+    return np.asarray(Image.open(file))
+
+
+def test_what_is_not_cifar10_is_said_and_stored(folder, tmp_path):
+    with pytest.warns(UserWarning, match=r'is not CIFAR-10 as published: it has 48 \+ 12 photos, not 50,000 \+ 10,000\. Results will say so'):
+        about = cifar.cifar10(folder, tmp_path)['about']
+    assert about['kind'] == 'class folders' and (about['lossy'], about['is_cifar10']) == (False, False)
+    shutil.copytree(folder, tmp_path/'own')
+    Image.new('RGB', (32, 32)).save(tmp_path/'own'/'test'/'cat'/'one.jpg')
+    with pytest.warns(UserWarning, match=r'lossy compression \(JPEG\): errors will be percents higher'):
+        assert cifar.cifar10(tmp_path/'own', tmp_path)['about']['lossy']
+
+
+def test_cifar10_itself(shared_data, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        data = cifar.cifar10(shared_data/'cifar10')
+    assert data['about'] == dict(kind='grids', sha256=sha256, lossy=False, is_cifar10=True)
+    x, y = data['train']
+    np.testing.assert_allclose(cifar.color_mean_std(x[:2000]), [f(x[:2000].numpy()/255, axis=(0, 2, 3)) for f in (np.mean, np.std)], atol=1e-7)
+    for other, says in [(dict(train=(x.flip(1), y)), 'mean and std .* are 0.4465 0.4822 0.4914'), (dict(train=(x, y.clamp(min=1))), 'not ten of the same size'),
+                        (dict(test=data['train']), r'50,000 \+ 50,000 photos')]:
+        with pytest.raises(AssertionError, match=says): assert not cifar._strange(data | other), cifar._strange(data | other)
+    photos = data['test'][0][:500].permute(0, 2, 3, 1).numpy()
+    for how in (dict(quality=75), dict(quality=90), dict(quality=90, subsampling=0)):           # seen also where only pixels are left
+        copy = torch.from_numpy(np.stack([jpeg(p, **how) for p in photos])).permute(0, 3, 1, 2)
+        assert cifar._lossy(Path('x.npz'), 'npz', dict(test=(copy, None))), how
+    assert not cifar._lossy(Path('x.npz'), 'npz', dict(test=(data['test'][0][:500], None)))
+
+
+# ── Other people's weights ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+class Theirs(nn.Module):
+    "The other project's network, as its paper and weights define it: zeros on both sides of the channels"
+    def __init__(self, n):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        for s, (ni, nf) in enumerate([(16, 16), (16, 32), (32, 64)], 1):
+            self.add_module(f'layer{s}', nn.Sequential(*[self.block(ni if i == 0 else nf, nf) for i in range(n)]))
+        self.linear = nn.Linear(64, 10)
+
+    def block(self, ni, nf):
+        parts = dict(conv1=nn.Conv2d(ni, nf, 3, nf//ni, 1, bias=False), bn1=nn.BatchNorm2d(nf), conv2=nn.Conv2d(nf, nf, 3, 1, 1, bias=False), bn2=nn.BatchNorm2d(nf))
+        return nn.ModuleDict(parts)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        for b in [*self.layer1, *self.layer2, *self.layer3]:
+            new = b['conv1'].out_channels - b['conv1'].in_channels
+            short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, new//2, new//2)) if new else x
+            x = F.relu(b['bn2'](b['conv2'](F.relu(b['bn1'](b['conv1'](x))))) + short)
+        return self.linear(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize('n', [1, 3])
+def test_zeros_on_both_sides_are_zeros_at_the_end(tmp_path, n):
+    torch.manual_seed(n)
+    net = Theirs(n).eval()
+    for p in net.state_dict().values():
+        if p.is_floating_point() and p.ndim == 1: p.uniform_(.5, 1.5)    # BN that is not the same for every channel
+    torch.save(dict(state_dict={f'module.{k}': v for k, v in net.state_dict().items()}, best_prec1=1.), tmp_path/'net.th')
+    x = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad(): expected = net(cifar.published_input(x))
+    torch.testing.assert_close(cifar.predict(cifar.published_net(tmp_path/'net.th'), x, bs=4), expected, rtol=1e-4, atol=1e-4)
+    twin = build_net(f'cifar_resnet{6*n + 2}', 10).eval()                # without the order of the channels they are not the same
+    twin.load_state_dict({k.replace('linear', 'fc'): v for k, v in net.state_dict().items()})
+    with torch.no_grad(): assert (twin(cifar.published_input(x)) - expected).abs().max() > .01
+
+
+@pytest.mark.parametrize('depth, error', [(20, .0827), (32, .0737), (44, .0690), (56, .0661)])
+def test_published_weights_make_their_errors_exactly(shared_data, depth, error):
+    x, y = cifar.cifar10(shared_data/'cifar10')['test']
+    wrong = cifar.predict(cifar.published_net(shared_data/'cifar10_weights'/f'resnet{depth}.th'), x).argmax(1) != y
+    assert wrong.sum().item() == round(error*10_000)
+
+
+# ── Batches and the recipe ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.paper('4.2-mean', '4.2-test')
@@ -105,7 +283,7 @@ def test_a_run_of_the_papers_recipe(run):
     np.testing.assert_allclose(learn.recorder.lrs, [.1]*4 + [.01]*2 + [.001]*2)
     assert {k: learn.opt.hypers[0][k] for k in ('mom', 'wd')} == dict(mom=.9, wd=1e-4)
     assert [r['updates'] for r in told['epochs']] == [3, 6, 8] and told['updates_done'] == told['updates'] == 8
-    for key in ('command', 'commit', 'seed', 'machine', 'seconds', 'parameters', 'macs', 'precision', 'paper_updates'): assert told[key] not in (None, '')
+    for key in ('command', 'commit', 'seed', 'machine', 'data', 'seconds', 'parameters', 'macs', 'precision', 'paper_updates'): assert told[key] not in (None, '')
     assert told['seconds'] == pytest.approx(sum(r['seconds'] for r in told['epochs']))
     logits, targets = learn.get_preds(dl=learn.dls.valid, act=torch.nn.Identity())
     assert told['epochs'][-1]['top1_error'] == pytest.approx((logits.argmax(1) != targets).float().mean().item())
@@ -145,17 +323,17 @@ def test_another_photo_is_decoded_anew(folder, tmp_path):
     shutil.copytree(folder, own)
     before, _ = cifar.cifar10(own, tmp_path/'cache')['train']
     assert torch.equal(before, cifar.cifar10(own, tmp_path/'cache')['train'][0])
-    Image.new('RGB', (32, 32), 'red').save(own/'train'/'cat'/'0000.jpg')
+    Image.new('RGB', (32, 32), 'red').save(own/'train'/'cat'/'0000.png')
     after, _ = cifar.cifar10(own, tmp_path/'cache')['train']
     assert [i for i in range(48) if not torch.equal(before[i], after[i])] == [16]
 
 
 def test_what_cannot_be_used_is_named(folder, tmp_path, capsys):
-    with pytest.raises(SystemExit, match='holds no photos.*{train,test}/CLASS'): cifar.main([str(tmp_path/'nowhere')])
+    with pytest.raises(SystemExit, match='holds no photos of CIFAR-10.*{train,test}/CLASS'): cifar.main([str(tmp_path/'nowhere')])
     own = tmp_path/'own'
     shutil.copytree(folder, own)
-    Image.new('RGB', (32, 30)).save(own/'test'/'cat'/'small.jpg')
-    with pytest.raises(PhotoError, match=r'small\.jpg has 32×30 pixels'): cifar.cifar10(own, tmp_path)
+    Image.new('RGB', (32, 30)).save(own/'test'/'cat'/'small.png')
+    with pytest.raises(PhotoError, match=r'small\.png has 32×30 pixels'): cifar.cifar10(own, tmp_path)
     shutil.rmtree(own/'test'/'cat')
     with pytest.raises(DataError, match='different classes'): cifar.cifar10(own, tmp_path)
     with pytest.raises(DataError, match='48 training photos; a batch needs 128'): cifar.cifar_dls(cifar.cifar10(folder, tmp_path))
@@ -166,6 +344,7 @@ def test_what_cannot_be_used_is_named(folder, tmp_path, capsys):
 def test_stored_results(file):
     run = Namespace(**json.loads(file.read_text()))
     assert file.stem == f'{run.kind}{run.depth}-{run.updates}-{run.seed}'
+    assert run.data['is_cifar10'] and not run.data['lossy'] and run.data['sha256'] == sha256
     for option in (f'--depth {run.depth}', f'--kind {run.kind}', f'--updates {run.updates}', f'--seed {run.seed}'): assert option in run.command
     assert run.train_photos == 50_000 and run.evaluated_photos == 10_000 and run.bs == 128 and len(run.commit.rstrip('+')) == 40
     assert run.updates_done == run.epochs[-1]['updates'] <= run.updates

@@ -3,16 +3,19 @@
     python nbs/experiments/cifar10.py CIFAR10 --depth 20                       # the paper's 64,000 updates
     python nbs/experiments/cifar10.py CIFAR10 --depth 20 --updates 2000        # the same recipe, 32 times shorter
 
-CIFAR10 is a folder `{train,test}/CLASS/*.jpg` of 32×32 photos. The same command again goes on with a run that was stopped."""
+CIFAR10 is torchvision's folder (the one that holds cifar-10-batches-py), fastai's (`untar_data(URLs.CIFAR)`), an .npz, or grids;
+`layouts` below says them all. The same command again goes on with a run that was stopped."""
 import argparse
 import hashlib
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -25,12 +28,13 @@ from fastai.data.core import DataLoaders
 from fastai.data.external import fastai_path
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, set_seed
+from PIL import Image
 
 from resnet_fastai.data import LabelMap, demo_data
 from resnet_fastai.engine.files import DataError, PhotoError, atomic_write, write_json
 from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.engine.photo import open_photo
-from resnet_fastai.model import count_macs, count_params
+from resnet_fastai.model import Block, build_net, count_macs, count_params
 from resnet_fastai.training import Checkpoint, MultiStepLR, WarmUp, resnet_learner
 
 root = Path(__file__).resolve().parents[2]
@@ -39,13 +43,114 @@ paper_updates, paper_bs = 64_000, 128                                # §4.2
 
 # --- Photos
 
-def read_split(folder):
-    "Photos (N,3,32,32) of 8 bits, the class of each, and the names of the classes"
-    paths = list_photos(folder)
-    if not paths: raise DataError(f"{folder} holds no photos; CIFAR-10 is needed as {{train,test}}/CLASS/*.jpg")
+n_photos, mean_std = dict(train=50_000, test=10_000), ((.4914, .4822, .4465), (.2470, .2435, .2616))      # CIFAR-10's, RGB in [0,1]
+layouts = """cifar-10-batches-py/ (torchvision), {train,test}/CLASS/*.png (fastai), an .npz with x, y, tx, ty, classes, or
+grids of 100×100 photos: train_1.webp … train_5.webp, test.webp, labels.json"""
+
+
+def cifar10(
+    path:str|Path, # A folder or a file in one of `layouts`
+    cache:str|Path|None=None, # Where the photos of class folders are kept once decoded; None: fastai's data folder
+) -> dict: # train and test: (photos (N,3,32,32) of 8 bits, classes (N,)); classes: their names; about: kind, sha256, lossy, is_cifar10
+    "All of CIFAR-10 in memory, whatever it is stored as, and compared with what is known of it"
+    path = Path(path)
+    kind, read = _layout(path)
+    data = read(path) if kind != 'class folders' else _cached(path, cache)
+    for split in n_photos: _check(path, split, *data[split], data['classes'])
+    about = dict(kind=kind, sha256={s: checksum(*data[s]) for s in n_photos}, lossy=_lossy(path, kind, data))
+    strange = _strange(data) + (['it has been through a lossy compression (JPEG): errors will be percents higher'] if about['lossy'] else [])
+    if strange: warnings.warn(f"{path} is not CIFAR-10 as published: {'; '.join(strange)}. Results will say so", stacklevel=2)
+    return data | dict(about=about | dict(is_cifar10=not strange))
+
+
+def _layout(path):
+    "What a path holds, and the function that reads it"
+    if path.suffix == '.npz' and path.is_file(): return 'npz', _read_npz
+    for folder in (path, path/'cifar-10-batches-py'):
+        if (folder/'data_batch_1').is_file(): return 'pickled batches', lambda _: _read_batches(folder)
+    if (path/'train_1.webp').is_file(): return 'grids', _read_grids
+    if all((path/s).is_dir() for s in n_photos): return 'class folders', _read_folders
+    raise DataError(f"{path} holds no photos of CIFAR-10; one of these is needed: {layouts}")
+
+
+def _check(path, split, x, y, classes):
+    if x.ndim != 4 or x.shape[1:] != (3, 32, 32) or x.dtype != torch.uint8:
+        raise DataError(f"{path}: the {split} photos are {tuple(x.shape)} of {x.dtype}; 32×32 pixels of 3 × 8 bits are needed")
+    if len(x) != len(y) or not len(y): raise DataError(f"{path}: {len(x)} {split} photos have {len(y)} labels")
+    if y.min() < 0 or y.max() >= len(classes): raise DataError(f"{path}: a {split} label lies outside the {len(classes)} classes")
+
+
+def _rgb_first(x):
+    "(N,32,32,3) of 8 bits as a tensor (N,3,32,32); the colours of a pixel stay side by side in memory"
+    return torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
+
+
+def _read_npz(file):
+    with np.load(file, allow_pickle=False) as z:
+        if missing := {'x', 'y', 'tx', 'ty', 'classes'} - {*z.files}: raise DataError(f"{file} lacks {', '.join(sorted(missing))}")
+        x, y, tx, ty, classes = (z[k] for k in ('x', 'y', 'tx', 'ty', 'classes'))
+    labels = (torch.from_numpy(a.astype(np.int64)) for a in (y, ty))
+    return dict(train=(_rgb_first(x), next(labels)), test=(_rgb_first(tx), next(labels)), classes=[str(c) for c in classes])
+
+
+def _read_grids(folder):
+    def photos(name):
+        grid = np.asarray(Image.open(folder/name).convert('RGB'))
+        return grid.reshape(100, 32, 100, 32, 3).swapaxes(1, 2).reshape(10_000, 32, 32, 3)
+    told = json.loads((folder/'labels.json').read_text())
+    x = np.concatenate([photos(f'train_{i}.webp') for i in range(1, 6)])
+    return dict(train=(_rgb_first(x), torch.tensor(told['train'])), test=(_rgb_first(photos('test.webp')), torch.tensor(told['test'])),
+                classes=told['classes'])
+
+
+class _Array:
+    "Stands for a numpy array in a pickle: keeps its bytes, runs nothing"
+    def __init__(self, *args): self.state = None
+    def __setstate__(self, state): self.state = state
+    def pixels(self):
+        _, shape, _, fortran, raw = self.state
+        if fortran: raise DataError('the pixels are stored by column; torchvision stores them by row')
+        return np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+class _Unpickler(pickle.Unpickler):
+    "Reads dicts, lists, numbers, texts and arrays of bytes; refuses everything else, since a pickle may hold code"
+    allowed = {('numpy', 'ndarray'), ('numpy', 'dtype'), *((m, '_reconstruct') for m in ('numpy.core.multiarray', 'numpy._core.multiarray'))}
+    def find_class(self, module, name):
+        if (module, name) in self.allowed: return _Array
+        if (module, name) == ('_codecs', 'encode'): return lambda text, coding: text.encode('latin1')
+        raise DataError(f"it asks for {module}.{name}, which CIFAR-10 has no need of; nothing was run")
+
+
+def _unpickle(file, *keys):
+    "The values of these keys, arrays as numpy's"
+    try:
+        with open(file, 'rb') as f: found = _Unpickler(f, encoding='bytes').load()
+        found = {k.decode() if isinstance(k, bytes) else k: v.pixels() if isinstance(v, _Array) else v for k, v in found.items()}
+        return tuple(found[k] for k in keys)
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, DataError) as e:
+        raise DataError(f"{file} cannot be read as a part of CIFAR-10: {type(e).__name__}: {e}") from None
+
+
+def _read_batches(folder):
+    def split(names):
+        x, y = zip(*(_unpickle(folder/n, 'data', 'labels') for n in names))
+        return _rgb_first(np.concatenate(x).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), torch.tensor(sum(y, []))
+    classes = [c.decode() if isinstance(c, bytes) else c for c in _unpickle(folder/'batches.meta', 'label_names')[0]]
+    return dict(train=split([f'data_batch_{i}' for i in range(1, 6)]), test=split(['test_batch']), classes=classes)
+
+
+def _read_folders(folder):
+    (x, y, classes), (tx, ty, others) = (_read_split(folder/s) for s in n_photos)
+    if classes != others: raise DataError(f"train/ and test/ of {folder} have different classes: {classes} and {others}")
+    return dict(x=x, y=y, tx=tx, ty=ty, classes=classes)
+
+
+def _read_split(folder):
+    "Photos (N,32,32,3) of 8 bits, the class of each, and the names of the classes"
+    if not (paths := list_photos(folder)): raise DataError(f"{folder} holds no photos; there should be CLASS/*.png")
     classes = sorted({p.parent.name for p in paths})
-    x = np.stack([_pixels(p) for p in paths]).transpose(0, 3, 1, 2)
-    return torch.from_numpy(x.copy()), torch.tensor([classes.index(p.parent.name) for p in paths]), classes
+    return np.stack([_pixels(p) for p in paths]), np.array([classes.index(p.parent.name) for p in paths]), classes
 
 
 def _pixels(path):
@@ -54,22 +159,60 @@ def _pixels(path):
     raise PhotoError(f"{path} has {img.shape[1]}×{img.shape[0]} pixels; CIFAR-10 has 32×32")
 
 
-def cifar10(
-    folder:str|Path, # `{train,test}/CLASS/*.jpg`
-    cache:str|Path|None=None, # Where the decoded photos are kept; None: fastai's data folder
-) -> dict: # train and test: (photos (N,3,32,32) of 8 bits, classes (N,)); classes: their names
-    "All of CIFAR-10 in memory; decoded once, and read from one file from then on"
-    files = [p for s in ('train', 'test') for p in list_photos(Path(folder)/s)]
+def _cached(folder, cache):
+    "60,000 files are decoded once, and read from one from then on"
+    files = [p for s in n_photos for p in list_photos(folder/s)]
     what = '\n'.join(f'{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}' for p in files)
     file = Path(cache or fastai_path('data'))/f'cifar10-{hashlib.sha256(what.encode()).hexdigest()[:12]}.npz'
     if not file.exists():
-        (x, y, classes), (tx, ty, others) = (read_split(Path(folder)/s) for s in ('train', 'test'))
-        if classes != others: raise DataError(f"train/ and test/ of {folder} have different classes: {classes} and {others}")
+        found = _read_folders(folder)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as part, open(part, 'wb') as f: np.savez(f, x=x, y=y, tx=tx, ty=ty, classes=classes)
-    with np.load(file) as z:
-        x, y, tx, ty = (torch.from_numpy(z[k]) for k in ('x', 'y', 'tx', 'ty'))
-        return dict(train=(x, y), test=(tx, ty), classes=z['classes'].tolist())
+        with atomic_write(file) as part, open(part, 'wb') as f: np.savez(f, **found)
+    return _read_npz(file)
+
+
+def checksum(x, y):
+    "SHA-256 of photos and labels, the same in whatever order and file they are stored"
+    x = x.permute(0, 2, 3, 1).contiguous().numpy()
+    each = sorted(hashlib.sha256(bytes([label]) + photo.tobytes()).digest() for photo, label in zip(x, y.tolist()))
+    return hashlib.sha256(b''.join(each)).hexdigest()
+
+
+def block_edges(x):
+    "How much larger steps are where JPEG's blocks of 8×8 meet than one pixel beside; 1 where there are no blocks"
+    def steps(x):                                                    # each less its neighbours' mean, so that a slope counts for nothing
+        d = x.float().diff(dim=3)
+        return (d[..., 1:-1] - (d[..., :-2] + d[..., 2:])/2).abs().mean((0, 1, 2))       # [i]: from column i+1 to i+2
+    by_place = steps(x) + steps(x.transpose(2, 3))
+    edges = torch.tensor([6, 14, 22])                                # from 7 to 8, 15 to 16, 23 to 24
+    return (2*by_place[edges].sum()/(by_place[edges - 1] + by_place[edges + 1]).sum()).item()
+
+
+def _lossy(path, kind, data):
+    "Have the photos been JPEGs?"
+    names = (p.suffix.lower() for s in n_photos for p in list_photos(path/s)) if kind == 'class folders' else ()
+    return any(n in ('.jpg', '.jpeg') for n in names) or block_edges(data['test'][0]) > 1.02
+
+
+def _strange(data):
+    "In what a data set differs from CIFAR-10, in words"
+    counts = {s: len(data[s][0]) for s in n_photos}
+    if counts != n_photos: return [f"it has {counts['train']:,} + {counts['test']:,} photos, not 50,000 + 10,000"]
+    if len(data['classes']) != 10 or any((data[s][1].bincount() != n_photos[s]//10).any() for s in n_photos):
+        return ["its classes are not ten of the same size"]
+    found = color_mean_std(data['train'][0])
+    if np.abs(np.subtract(found, mean_std)).max() < 1e-4: return []
+    mean, std = ([f'{v:.4f}' for v in row] for row in found)
+    return [f"mean and std of the training photos' colours are {' '.join(mean)} and {' '.join(std)}, "
+            "not .4914 .4822 .4465 and .2470 .2435 .2616"]
+
+
+def color_mean_std(x):
+    "Mean and standard deviation of each colour, RGB in [0,1]"
+    counts = [x[:, c].flatten().bincount(minlength=256).double() for c in range(3)]      # exact, and quick
+    values = torch.arange(256).double()/255
+    mean = [(n*values).sum()/n.sum() for n in counts]
+    return [[m.item() for m in mean], [((n*(values - m)**2).sum()/n.sum()).sqrt().item() for n, m in zip(counts, mean)]]
 
 
 def draw_cifar(
@@ -77,14 +220,14 @@ def draw_cifar(
     train:int=640, # Training photos
     test:int=160, # Test photos
 ) -> Path: # The folder
-    "A small stand-in: photos of eight drawn textures, in CIFAR-10's size and layout"
+    "A small stand-in: photos of eight drawn textures, in CIFAR-10's size, as class folders of PNG files"
     with tempfile.TemporaryDirectory() as tmp:
         demo = demo_data(Path(tmp)/'demo', dict(train=train, test=test))
         labels = LabelMap(demo.label_path, demo.label_encoding)
         for p in list_photos(demo.data_path):
-            file = Path(folder)/p.parent.name/labels(p)/p.name
+            file = Path(folder)/p.parent.name/labels(p)/f'{p.stem}.png'
             file.parent.mkdir(parents=True, exist_ok=True)
-            open_photo(p).resize((32, 32)).save(file, quality=95)
+            open_photo(p).resize((32, 32)).save(file)
     return Path(folder)
 
 
@@ -138,7 +281,7 @@ def cifar_dls(
         (x, y), (vx, vy) = ((x[i], y[i]) for i in (order[hold_out:], order[:hold_out]))
     if len(x) < bs: raise DataError(f"there are {len(x)} training photos; a batch needs {bs}")
     x, y, vx, vy = (t.to(device or default_device()) for t in (x, y, vx, vy))
-    mean = x.double().mean(0).float()/255
+    mean = (x.sum(0)/len(x)).float()/255
     kwargs = dict(bs=bs, num_workers=0, device=x.device)
     dls = DataLoaders(PhotosDL(Photos(x, y, mean, augment=True), shuffle=True, drop_last=True, **kwargs), PhotosDL(Photos(vx, vy, mean), **kwargs))
     dls.labels, dls.vocab = LabelMap({}, {c: i for i, c in enumerate(data['classes'])}), data['classes']
@@ -155,7 +298,7 @@ class LastUpdate(Callback):
 
 class Results(Callback):
     "Keep the run in a JSON file, whole after every epoch"
-    order, state_attrs = 90, ('spent',)                                  # before the checkpoint
+    order, state_attrs = 90, ('spent',)                              # before the checkpoint
     def __init__(self, file, about, quiet=True): self.file, self.about, self.quiet, self.spent = Path(file), about, quiet, 0
 
     def before_fit(self): self.last = time.process_time()
@@ -194,11 +337,48 @@ def cifar_learner(
 ): # A `ResumableLearner`; fit it for `epochs(dls, updates)` epochs
     "The paper's network and recipe: rate .1, momentum .9, decay .0001; a small rate first where there are 110 layers or more"
     cbs = [LastUpdate(updates), *([WarmUp(.01, .8)] if depth >= 110 else []), *cbs]
-    return resnet_learner(dls, f'cifar_{kind}{depth}', bs=dls.train.bs, lr=.1, schedule=MultiStepLR(updates=drops(updates)), precision=precision,
-                          channels_last=precision != 'fp32', cbs=cbs)
+    return resnet_learner(dls, f'cifar_{kind}{depth}', bs=dls.train.bs, lr=.1, schedule=MultiStepLR(updates=drops(updates)),
+                          precision=precision, channels_last=precision != 'fp32', cbs=cbs)
 
 
 def epochs(dls, updates): return math.ceil(updates/dls.train.whole)
+
+
+# --- Weights that others have trained
+
+weights_of = 'https://github.com/akamaster/pytorch_resnet_cifar10'    # ResNet-20, 32, 44 and 56 by the paper's recipe, one .th file each
+published_errors = {20: .0827, 32: .0737, 44: .0690, 56: .0661}      # of 10,000 test photos, as given there
+
+
+def published_net(
+    file:str|Path, # A file of `weights_of`: resnet20.th, resnet32.th, …
+): # `build_net('cifar_resnet20')`, …, with these weights; it expects `published_input`
+    "A network of ours that computes what theirs does: they pad new channels with zeros on both sides, we at the end"
+    told = torch.load(file, map_location='cpu', weights_only=True)['state_dict']
+    theirs = {k.removeprefix('module.').replace('linear.', 'fc.'): v for k, v in told.items()}
+    n = sum(k.startswith('layer1.') and k.endswith('conv1.weight') for k in theirs)
+    net, order = build_net(f'cifar_resnet{6*n + 2}', 10), torch.arange(16)
+    for name, block in net.named_modules():
+        if not isinstance(block, Block): continue
+        new = block.conv2.out_channels - len(order)                  # which of their channels is the first of ours, the second, …
+        after = torch.cat([order + new//2, torch.arange(new//2), torch.arange(len(order) + new//2, len(order) + new)])
+        theirs[f'{name}.conv1.weight'] = theirs[f'{name}.conv1.weight'][:, order]
+        for k in theirs: theirs[k] = theirs[k][after] if k.startswith((f'{name}.conv2', f'{name}.bn2')) and theirs[k].ndim else theirs[k]
+        order = after
+    net.load_state_dict(theirs | {'fc.weight': theirs['fc.weight'][:, order]})
+    return net.eval()
+
+
+def published_input(x): # (B,3,32,32) of 8 bits
+    "What the networks of `weights_of` were trained on"
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in ((.485, .456, .406), (.229, .224, .225)))
+    return (x.float()/255 - mean)/std
+
+
+@torch.no_grad()
+def predict(net, x, prepare=published_input, bs=100): # (N,3,32,32) of 8 bits
+    "Logits (N,n_out), 32-bit"
+    return torch.cat([net(prepare(b)) for b in x.split(bs)])
 
 
 # --- A run
@@ -229,7 +409,7 @@ def about(dls, depth, kind, updates, seed, precision, hold_out):
 
 
 def train(
-    folder:str|Path, # CIFAR-10: `{train,test}/CLASS/*.jpg`
+    folder:str|Path, # CIFAR-10, in one of `layouts`
     depth:int=20, # Layers, 6n+2: 20, 32, 44, 56, 110
     kind:str='resnet', # 'resnet' or 'plain'
     updates:int=paper_updates, # 64,000 in the paper; fewer are a shorter run by the same recipe
@@ -243,11 +423,12 @@ def train(
     quiet:bool=True, # A line an epoch in the place of progress bars
 ): # The learner
     "One run, from the beginning or from where it was stopped"
-    dls = cifar_dls(cifar10(folder, cache), bs, hold_out)
+    data = cifar10(folder, cache)
+    dls = cifar_dls(data, bs, hold_out)
     set_seed(seed)
     for dl in dls.loaders: dl.rng.seed(seed)
     name = f'{kind}{depth}-{updates}-{seed}' + (f'-{hold_out}' if hold_out else '')
-    told = about(dls, depth, kind, updates, seed, precision, hold_out)
+    told = about(dls, depth, kind, updates, seed, precision, hold_out) | dict(data=data['about'])
     results = Results(out or Path(__file__).parent/'results'/f'{name}.json', told, quiet)
     keep = Checkpoint(run_folder or root/'runs'/'cifar10'/name, every=500)
     learn = cifar_learner(dls, depth, kind, updates, precision, [results, keep])
@@ -272,7 +453,7 @@ def read_results(
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('folder', type=Path, help='CIFAR-10: {train,test}/CLASS/*.jpg')
+    p.add_argument('folder', type=Path, help=f'CIFAR-10: {layouts}')
     p.add_argument('--depth', type=int, default=20, help='layers, 6n+2: 20, 32, 44, 56, 110, 1202')
     p.add_argument('--kind', choices=['resnet', 'plain'], default='resnet')
     p.add_argument('--updates', type=int, default=paper_updates, help="of the whole run; the rate falls after 1/2 and 3/4 of them")
@@ -281,7 +462,7 @@ def main(argv=None):
     p.add_argument('--run-folder', type=Path, help='checkpoints; default: runs/cifar10/NAME')
     p.add_argument('--precision', choices=['fp32', 'bf16', 'fp16'], default='fp32')
     p.add_argument('--hold-out', type=int, default=0, help='so many training photos to evaluate on, in the place of the test photos')
-    p.add_argument('--cache', type=Path, help="decoded photos; default: fastai's data folder")
+    p.add_argument('--cache', type=Path, help="where class folders are kept once decoded; default: fastai's data folder")
     p.add_argument('--threads', type=int, help='of the processor; default: all')
     args = vars(p.parse_args(argv))
     if n := args.pop('threads'): torch.set_num_threads(n)

@@ -1,0 +1,169 @@
+"""Look inside networks of the paper's CIFAR-10 family, and keep what is found as JSON files in results/layers/.
+
+    python nbs/experiments/cifar_figures.py CIFAR10 --weights FOLDER          # four networks that others have trained
+    python nbs/experiments/cifar_figures.py CIFAR10 --net plain56 --epochs 2  # the first epochs of the paper's run
+
+With --weights: test errors, errors of ensembles (the idea of Table 5), the error without each block, and the responses of Figure 7, of
+resnet20.th, resnet32.th, resnet44.th and resnet56.th from https://github.com/akamaster/pytorch_resnet_cifar10. With --net: the gradient
+of every 3×3 layer while the network is trained, and its responses after each epoch. CIFAR10 as for cifar10.py."""
+import argparse
+import re
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
+from torch import nn
+
+from cifar10 import (cifar10, cifar_dls, cifar_learner, commit, machine, paper_updates, predict, published_errors, published_input,
+                     published_net, weights_of)
+from resnet_fastai.engine.files import DataError, write_json
+from resnet_fastai.model import Block, count_params
+
+results = Path(__file__).parent/'results'/'layers'
+
+
+def layers_3x3(net):
+    "[(name, convolution, its BN)] in the order of the layers"
+    modules = dict(net.named_modules())
+    return [(k, m, modules[k.replace('conv', 'bn')]) for k, m in modules.items() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+
+
+def _digits(x): return float(f'{x:.5g}')
+
+
+class Responses:
+    "Standard deviation of what each 3×3 layer puts out after BN, before ReLU or addition, over photos, pixels and channels"      # Figure 7
+    def __init__(self, net):
+        self.sums = {}
+        self.hooks = [bn.register_forward_hook(lambda m, i, out, k=k: self.add(k, out)) for k, _, bn in layers_3x3(net)]
+
+    def add(self, name, out):
+        out = out.detach().float()
+        new = torch.tensor([out.numel(), out.sum(), (out*out).sum()], dtype=torch.float64)
+        self.sums[name] = self.sums.get(name, 0) + new
+
+    def stop(self):
+        "{layer: standard deviation}"
+        for h in self.hooks: h.remove()
+        return {k: _digits(((s2/n - (s/n)**2)**.5).item()) for k, (n, s, s2) in self.sums.items()}
+
+
+# --- Trained by others
+
+@torch.no_grad()
+def without_each_block(net, x, y, bs=100): # y: labels
+    "[(block, errors of 1 if only its shortcut is left)]; what comes before the block is computed once"
+    blocks = [(k, m) for k, m in net.named_modules() if isinstance(m, Block)]
+    wrong = dict.fromkeys([k for k, _ in blocks], 0)
+    def rest(h, i):
+        for _, b in blocks[i:]: h = b(h)
+        return net.fc(net.flatten(net.avgpool(h)))
+    for xb, yb in zip(x.split(bs), y.split(bs)):
+        h = net.relu(net.bn1(net.conv1(published_input(xb))))
+        for i, (k, b) in enumerate(blocks):
+            wrong[k] += (rest(b.shortcut(h), i + 1).argmax(1) != yb).sum().item()
+            h = b(h)
+    return [dict(block=k, error=n/len(x)) for k, n in wrong.items()]
+
+
+def ensembles(probs, y):
+    "The error of each group of networks whose probabilities are averaged"
+    found = [g for n in range(1, len(probs) + 1) for g in combinations(probs, n)]
+    return [dict(nets=list(g), error=(sum(probs[d] for d in g).argmax(1) != y).double().mean().item()) for g in found]
+
+
+def published(folder, weights, out, delete=(20, 56)):
+    "Everything that can be learnt from the networks of `weights_of`"
+    data = cifar10(folder)
+    x, y = data['test']
+    told, probs = dict(_about(f'--weights {Path(weights).name}', data), weights=weights_of, photos=len(x), nets={}, without_block={}), {}
+    for depth, given in published_errors.items():
+        net = published_net(Path(weights)/f'resnet{depth}.th')
+        look = Responses(net)
+        probs[depth] = predict(net, x, bs=100).softmax(1)
+        told['nets'][depth] = dict(error=(probs[depth].argmax(1) != y).double().mean().item(), given=given, parameters=count_params(net),
+                                   responses=look.stop())
+        print(f"ResNet-{depth}: {told['nets'][depth]['error']:.2%}, given as {given:.2%}", flush=True)
+        _write(out, told)
+    told['ensembles'] = ensembles(probs, y)
+    for depth in delete:
+        told['without_block'][depth] = without_each_block(published_net(Path(weights)/f'resnet{depth}.th'), x, y)
+        _write(out, told)
+    return told
+
+
+# --- While it is trained
+
+class Gradients(Callback):
+    "Keep the norm of each 3×3 layer's gradient, at the first ten updates and at every tenth from then on"
+    order, run_valid = 30, False                                     # the gradients of the whole batch, not yet used
+    def __init__(self): self.rows, self.updates = [], 0
+    def before_step(self):
+        self.updates += 1
+        if self.updates > 10 and self.updates % 10: return
+        self.rows.append(dict(update=self.updates, loss=_digits(self.loss.item()),
+                              norms=[_digits(conv.weight.grad.norm().item()) for _, conv, _ in layers_3x3(self.model)]))
+
+
+class KeepLayers(Callback):
+    "After each epoch, the responses of the evaluation photos, and the file"
+    order = 95
+    def __init__(self, out, told, gradients): self.out, self.told, self.gradients = out, told, gradients
+    def before_validate(self): self.look = Responses(self.model)
+    def after_validate(self): self.responses = self.look.stop()
+    def after_epoch(self):
+        row = self.history.rows[-1]
+        self.told |= dict(updates_done=self.gradients.updates, train_error=row['train_error'], top1_error=row['top1_error'],
+                          layers=[k for k, _, _ in layers_3x3(self.model)], responses=self.responses, gradients=self.gradients.rows)
+        _write(self.out, self.told)
+        print(f"{self.told['net']}: {self.gradients.updates:,} updates, test error {row['top1_error']:.2%}", flush=True)
+
+
+def first_epochs(folder, net, epochs, seed, out):
+    "The first epochs of the paper's run of 64,000 updates"
+    kind, depth = re.fullmatch('(plain|resnet)([0-9]+)', net).groups()
+    data = cifar10(folder)
+    dls = cifar_dls(data)
+    set_seed(seed)
+    for dl in dls.loaders: dl.rng.seed(seed)
+    told = _about(f'--net {net} --epochs {epochs} --seed {seed}', data) | dict(net=net, seed=seed, paper_updates=paper_updates, precision='bf16')
+    gradients = Gradients()
+    learn = cifar_learner(dls, int(depth), kind, precision='bf16', cbs=[gradients, KeepLayers(out, told, gradients)])
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+    return learn
+
+
+# --- The command
+
+def _about(options, data):
+    return dict(command=f'python nbs/experiments/cifar_figures.py CIFAR10 {options}', commit=commit(__file__), machine=machine(), data=data['about'])
+
+
+def _write(out, told):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, told)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('folder', type=Path, help='CIFAR-10, as for cifar10.py')
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument('--weights', type=Path, help='a folder with resnet20.th, resnet32.th, resnet44.th and resnet56.th')
+    what.add_argument('--net', help='plain20, resnet56, …: trained for the first epochs')
+    p.add_argument('--epochs', type=int, default=2, help='with --net: epochs of 390 updates')
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--out', type=Path, help='default: nbs/experiments/results/layers/NET.json, or published.json')
+    p.add_argument('--threads', type=int, help='of the processor; default: all')
+    args = p.parse_args(argv)
+    if args.threads: torch.set_num_threads(args.threads)
+    if args.net and not re.fullmatch('(plain|resnet)[0-9]+', args.net): p.error(f"--net is {args.net!r}; it should be like plain20 or resnet56")
+    try:
+        if args.weights: published(args.folder, args.weights, args.out or results/'published.json')
+        else: first_epochs(args.folder, args.net, args.epochs, args.seed, args.out or results/f'{args.net}.json')
+    except (DataError, FileNotFoundError) as e: sys.exit(f'{type(e).__name__}: {e}')
+
+
+if __name__ == '__main__': main()
