@@ -1,6 +1,6 @@
 """The paper's effect, live: deeper plain nets end at a larger *training* error, deeper residual nets do not.
 
-    python nbs/experiments/degradation.py            # three seeds
+    python nbs/experiments/degradation.py            # three seeds; --jobs 2: two runs side by side
 
 Plain and residual nets of 8, 20 and 44 layers learn to tell eight drawn textures apart; six nets take about a minute on two idle
 cores. The residual net of 44 layers also starts without a warm-up, and at the paper's rate. Every run is stored in
@@ -8,6 +8,9 @@ results/degradation.json with its losses and errors, the command, the commit and
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,7 +30,7 @@ textures = 'stripes', 'checks', 'dots', 'rings', 'bricks', 'zigzag', 'weave', 'm
 kinds, depths, seeds = ('plain', 'resnet'), (8, 20, 44), (0, 1, 2)
 side, train_photos, test_photos = 24, 1200, 400
 bs, epochs, lr = 48, 10, .02                                         # 25 updates an epoch, 250 in all
-warm_until = .8                                                      # §4.2's warm-up: a tenth of the rate until the training error is < 80 %
+warm = 50                                                            # updates at a tenth of the rate, the same for every net
 starts = [('resnet', 44, rate, warm_up) for rate, warm_up in [(lr, False), (.1, True), (.1, False)]]     # what the warm-up is for
 stored = Path(__file__).parent/'results'/'degradation.json'
 
@@ -72,33 +75,43 @@ def train(
     lr:float=lr, # Rate after the warm-up
     warm_up:bool=True, # Begin with a tenth of it
     weights:dict|None=None, # A state dict to start from, in the place of random weights
-) -> dict: # kind, depth, seed, lr, warm_up, the updates that it took, and epochs: a row for each
+) -> dict: # kind, depth, seed, lr, warm_up, and epochs: a row for each
     "Train one net by the paper's recipe, in small: a warm-up, a constant rate, and a tenth of it in the last quarter"
     set_seed(seed)
     dls.train.rng.seed(seed)
     total = epochs*len(dls.train)
-    cbs = [MeanLoss(), *([WarmUp(lr/10, warm_until, window=20)] if warm_up else [])]
+    cbs = [MeanLoss(), *([WarmUp(lr/10, until=1.01, window=warm)] if warm_up else [])]     # any error is below 101 %
     learn = resnet_learner(dls, f'cifar_{kind}{depth}', bs=bs, lr=lr, schedule=MultiStepLR(updates=(total*3//4,)), cbs=cbs)
     if weights: learn.model.load_state_dict(weights)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
     rows = [dict(updates=(r['epoch'] + 1)*len(dls.train), train_loss=round(r['train_loss'], 4), train_error=round(r['train_error'], 4),
                  test_error=round(r['top1_error'], 4)) for r in learn.history.rows]
-    return dict(kind=kind, depth=depth, seed=seed, lr=lr, warm_up=warm_up, warm_updates=sum(r < .99*lr for r in learn.recorder.lrs[:total//2]), epochs=rows)
+    return dict(kind=kind, depth=depth, seed=seed, lr=lr, warm_up=warm_up, epochs=rows)
+
+
+@cache
+def dls_of_process(): return drawn_dls()
+
+
+def run_one(task):
+    "A run and a line about it"
+    seed, (kind, depth, rate, warm_up) = task
+    run = train(dls_of_process(), kind, depth, seed, rate, warm_up)
+    last = run['epochs'][-1]
+    print(f"seed {seed}, {kind}-{depth}, rate {rate}{'' if warm_up else ' at once'}: training loss {last['train_loss']:.2f}, "
+          f"training error {last['train_error']:.1%}, test error {last['test_error']:.1%}", flush=True)
+    return run
 
 
 def train_all(
     seeds=seeds,
     settings=[(kind, depth, lr, True) for kind in kinds for depth in depths], # Of (kind, depth, rate, with a warm-up?)
-): # Of dicts, from `train`
-    "Train every setting with every seed; a line for each"
-    dls = drawn_dls()
-    for seed in seeds:
-        for kind, depth, rate, warm_up in settings:
-            run = train(dls, kind, depth, seed, rate, warm_up)
-            last = run['epochs'][-1]
-            print(f"seed {seed}, {kind}-{depth}, rate {rate}{'' if warm_up else ' at once'}: training loss {last['train_loss']:.2f}, "
-                  f"training error {last['train_error']:.1%}, test error {last['test_error']:.1%}", flush=True)
-            yield run
+    jobs:int=1, # Processes
+) -> list: # Of dicts, from `train`
+    "Train every setting with every seed"
+    tasks = [(seed, setting) for setting in settings for seed in seeds]
+    if jobs == 1: return [run_one(t) for t in tasks]
+    with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool: return [*pool.map(run_one, tasks)]
 
 
 # --- What it shows
@@ -144,13 +157,13 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', type=int, nargs='+', default=seeds)
     p.add_argument('--out', type=Path, default=stored, help='the JSON file; default: nbs/experiments/results/degradation.json')
-    p.add_argument('--threads', type=int, help='of the processor; default: all')
+    p.add_argument('--jobs', type=int, default=1, help='runs side by side, each in a process with one thread; default: one, with all threads')
     args = p.parse_args(argv)
     from cifar10 import commit, machine                              # beside this script; lessons that import this one lack the path
-    if args.threads: torch.set_num_threads(args.threads)
     start, command = time.time(), 'python nbs/experiments/degradation.py'
+    if args.jobs > 1: command += f' --jobs {args.jobs}'
     if tuple(args.seeds) != seeds: command += f" --seeds {' '.join(map(str, args.seeds))}"
-    runs = [*train_all(args.seeds), *train_all(args.seeds, starts)]
+    runs = train_all(args.seeds, jobs=args.jobs) + train_all(args.seeds, starts, args.jobs)
     write_json(args.out, dict(command=command, commit=commit(__file__), machine=machine(), seconds=round(time.time() - start), runs=runs))
 
 
