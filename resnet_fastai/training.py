@@ -18,6 +18,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.imports import noop
 from fastai.losses import CrossEntropyLossFlat
@@ -56,28 +58,37 @@ def caffe_sgd(
 # %% ../nbs/04_training.ipynb #5eaca6c8
 class Accumulate(Callback):
     "One optimiser step per `bs` photos, from the gradients of several micro-batches; their mean, exactly"
-    order,run_valid = 40,False                           # after fastai's MixedPrecision, before `ManyProcesses` asks for the last one
+    order,run_valid = -12,False                          # first: no other callback acts on the gradients of a part of an update
     def __init__(self,
         bs:int=256, # Photos in an update
     ): self.bs = bs
 
+    def before_fit(self):
+        if any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
+            raise DataError(f"GradientAccumulation would scale the gradients twice: the learner accumulates {self.bs} photos already; pass bs=…")
+
     def before_train(self):
-        self.count,self.world_size = 0,getattr(self.dls.train, 'world_size', 1)
-        self.sizes = self.dls.train.photos_in() if self.world_size > 1 else None
+        dl = self.dls.train
+        self.count,self.world_size,at_once = 0,getattr(dl, 'world_size', 1),getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+        if len(dl) > 1 and at_once and self.bs % at_once:
+            raise DataError(f"an update of bs={self.bs} photos is no multiple of the loader's {at_once}; make the loaders with a divisor of bs")
+        self.sizes = dl.photos_in() if self.world_size > 1 else None
         self.opt.zero_grad()                             # a run that broke off may have left half an update's gradients
 
     def before_batch(self):
         self.n = len(self.yb[0])
-        self.count += self.sizes[self.iter] if self.sizes else self.n
-        self.last = self.count >= self.bs or self.iter == self.n_iter-1
+        self.size = self.sizes[self.iter] if self.sizes else self.n
+        self.last = self.count + self.size >= self.bs or self.iter == self.n_iter-1
 
-    def after_loss(self):                                # the mean over processes is taken afterwards
+    def before_backward(self):                           # the mean over processes is taken afterwards
         self.learn.loss_grad = self.loss_grad*(self.n*self.world_size/self.bs)
+    def after_cancel_backward(self): self.size = 0
 
-    def before_step(self):
+    def after_backward(self):
+        self.count += self.size
         if not self.last: raise CancelBatchException()   # keep the gradients, go on
         if self.count != self.bs:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], self.bs/self.count)
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], self.bs/max(self.count, 1))
         self.count = 0
 
 # %% ../nbs/04_training.ipynb #1c1d55fa
@@ -104,28 +115,32 @@ def default_lr(
 
 # %% ../nbs/04_training.ipynb #40da280a
 class RateDrop(Callback):
-    "What divides the rate by `factor` at some time; `drops` tells when and why"
+    "What divides the rate by `factor` at some time, unless a schedule sets it; `drops` tells when and why"
     order,state_attrs = 60,('drops',)                          # after the Recorder has the epoch's values; what a checkpoint carries
 
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
+    def before_fit(self):
+        self.run = not hasattr(self.learn, 'lr_finder')
+        self.waits = any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in self.cbs)     # fit_one_cycle and the like
     def before_epoch(self): self.trained = False           # validate() and get_preds() are epochs too, without training
-    def after_train(self): self.trained = True
+    def before_train(self): self.trained,self.number = True,len(self.history.rows) if hasattr(self, 'history') else self.epoch
+    def after_epoch(self):
+        if self.trained: self.count()
+        self.trained = False
+    def count(self): "One more epoch"
 
     def drop(self,
         why:str, # For the log
         min_lr:float=0, # The rate falls no lower
     ):
         "Divide the rate, of this fit and of the next ones"
-        old = self.opt.hypers[-1]['lr']
-        self.opt.set_hypers(lr=[min(h['lr'], max(h['lr']/self.factor, min_lr)) for h in self.opt.hypers])
-        self.learn.lr = new = self.opt.hypers[-1]['lr']
+        if self.waits: return
+        old = [float(h['lr']) for h in self.opt.hypers]
+        new = [min(lr, max(lr/self.factor, min_lr)) for lr in old]
+        self.opt.set_hypers(lr=new)
+        self.learn.lr = new if len({*new}) > 1 else new[-1]
         if new == old: return
-        self.drops.append(dict(epoch=self._epoch(), why=why, old=old, new=new))
-        if self.logger != noop: print(f"epoch {self._epoch()}: {why}; rate {old:.4g} → {new:.4g}")
-
-    def _epoch(self):
-        "The number of the epoch that is under way or has just ended, over all fits"
-        return len(self.history.rows) - self.trained if hasattr(self, 'history') else self.epoch
+        self.drops.append(dict(epoch=self.number, why=why, old=old[-1], new=new[-1]))
+        if self.logger != noop: print(f"epoch {self.number}: {why}; rate {old[-1]:.4g} → {new[-1]:.4g}")
 
 # %% ../nbs/04_training.ipynb #5ab2ebdd
 class PlateauLR(RateDrop):
@@ -147,15 +162,20 @@ class PlateauLR(RateDrop):
         if self.monitor not in self.recorder.metric_names:
             raise ValueError(f"PlateauLR monitors {self.monitor!r}; there is {', '.join(self.recorder.metric_names[1:-1])}")
 
-    def after_epoch(self):
-        if not self.trained: return
-        value = self.recorder.values[-1][self.recorder.metric_names.index(self.monitor)-1]
+    def count(self):
+        if (value := self.value()) is None: return
         if value < self.best - self.min_delta: self.best,self.wait = value,0
-        else: self.wait += 1
+        else: self.wait += not self.waits
         if self.cool: self.cool,self.wait = self.cool-1,0
         if self.wait <= self.patience: return
         self.drop(f"{self.monitor} is {value:.4g} after {self.wait} epochs not below {self.best - self.min_delta:.4g}", self.min_lr)
         self.wait,self.cool = 0,self.cooldown
+
+    def value(self) -> float|None: # None where the epoch was cut short before it
+        "The monitored value of the epoch that has just ended"
+        rec = self.recorder
+        values = dict(zip(rec.metric_names[1:], rec.values[-1])) if len(rec.values[-1]) == len(rec.metric_names) - 1 - rec.add_time else {}
+        return None if rec.cancel_valid and not self.monitor.startswith('train_') else values.get(self.monitor)
 
 # %% ../nbs/04_training.ipynb #d233cc01
 class MultiStepLR(RateDrop):
@@ -172,11 +192,8 @@ class MultiStepLR(RateDrop):
     def before_batch(self): self.stepped = False
     def after_step(self): self.stepped = True
     def after_batch(self):
-        if self.training and self.stepped: self._count('updates')
-    def after_epoch(self):
-        if self.trained: self._count('epochs')
-
-    def _count(self, unit):
+        if self.training and self.stepped: self.count('updates')
+    def count(self, unit='epochs'):
         if unit != self.unit: return
         self.done += 1
         if self.done in self.at: self.drop(f'{self.done:,} {unit} are done')
@@ -204,7 +221,7 @@ class WarmUp(Callback):
 # %% ../nbs/04_training.ipynb #9e8e93b9
 class History(Callback):
     "One row for each epoch, over all fits: losses, errors, rate, seconds; the recorder goes on where it was"
-    order = 51                                              # right after the Recorder has cleared its lists
+    order,remove_on_fetch = 51,True                         # right after the Recorder has cleared its lists; and out of the way with it
     state_attrs = ('rows', 'wrong', 'seen')
     lists = ('lrs', 'iters', 'losses', 'values')            # the recorder's
     def __init__(self): self.rows,self.kept = [],None
@@ -219,7 +236,18 @@ class History(Callback):
         self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = self.smooth
 
     def before_epoch(self): self.trained,self.start,self.wrong,self.seen = False,time.perf_counter(),0,0
-    def after_train(self): self.trained = True
+    def before_train(self): self.trained = True
+    def after_train(self): self._fill(2 + len(self.metrics)*self.recorder.train_metrics)
+    def after_validate(self): self._fill(len(self.recorder.metric_names) - self.recorder.add_time)
+    def after_cancel_epoch(self):
+        self.recorder.cancel_valid = True
+        self.after_validate()
+
+    def _fill(self, n):
+        "What an epoch that was cut short has not logged, so that each value keeps its place"
+        rec = self.recorder
+        if self.trained and len(rec.log) == 1: rec.log.append(float(rec.smooth_loss.value))
+        if self.trained: rec.log = rec.log + [float('nan')]*(n - len(rec.log))
 
     def after_batch(self):
         "Count the training photos whose best guess is wrong, as they go by"
@@ -228,9 +256,10 @@ class History(Callback):
 
     def after_epoch(self):
         if not self.trained: return self._give_back()       # validate() or get_preds()
-        rec = self.recorder
-        values = dict(zip(rec.metric_names[1:], map(float, rec.values[-1])))
-        row = dict(epoch=len(self.rows), **values, lr=rec.lrs[-1], seconds=time.perf_counter() - self.start)
+        rec,self.trained = self.recorder,False
+        values = {name: float('nan' if v is None else v) for name,v in zip(rec.metric_names[1:], rec.values[-1])}
+        lr = (rec.lrs or [self.opt.hypers[-1]['lr']])[-1]
+        row = dict(epoch=len(self.rows), **values, lr=float(lr), seconds=time.perf_counter() - self.start)
         self.rows.append(row | (dict(train_error=int(self.wrong)/self.seen) if self.seen else {}))
         self.kept,self.smooth = {n: list(getattr(rec, n)) for n in self.lists},(rec.smooth_loss.count, rec.smooth_loss.val)
 
@@ -261,14 +290,14 @@ def resnet_learner(
     if precision not in ('fp32', 'bf16', 'fp16'): raise DataError(f"precision is {precision!r}; it must be 'fp32', 'bf16' or 'fp16'")
     if channels_last is None: channels_last = device.type == 'cpu' or precision != 'fp32'
     metrics = [top1_error] + ([top5_error] if len(getattr(dls, 'labels', dls.vocab)) > 5 else [])
-    cbs = [Accumulate(bs), schedule or PlateauLR(patience=patience, min_delta=min_delta), History(), FiniteLoss(), *L(cbs)]
-    if precision != 'fp32' or channels_last: cbs.append(Precision(precision, channels_last))
+    cbs = [Accumulate(bs), schedule or PlateauLR(patience=patience, min_delta=min_delta), History(), FiniteLoss(),
+           Precision(precision, channels_last), *L(cbs)]
     net = build_net(arch, n_out=len(dls.vocab), **kwargs)
     if channels_last: net = net.to(memory_format=torch.channels_last)
     if compile: net.compile()                               # in place: the names of the weights stay
     learn = ResumableLearner(dls, net, loss_func=CrossEntropyLossFlat(), opt_func=opt_func,
                              lr=default_lr(bs) if lr is None else lr, metrics=metrics, wd_bn_bias=decay != 'weights', cbs=cbs)
-    learn.decay,learn.spec = decay,dict(arch=arch, **kwargs) | ({} if precision == 'fp32' else dict(precision=precision))
+    learn.decay,learn.spec = decay,dict(arch=arch, **kwargs) | ({} if learn.precision.kind == 'fp32' else dict(precision=learn.precision.kind))
     return learn
 
 # %% ../nbs/04_training.ipynb #38b23560

@@ -93,12 +93,12 @@ def test_any_value_can_be_monitored_and_drops_are_logged(photos, monitor, capsys
 # ---- steps and warm-up
 
 def batch_rates(cb, epochs, n=24, micro_bs=4, bs=8):
-    "The rate that each micro-batch was stepped with, over two fits"
+    "The rate that each micro-batch was used with, over two fits"
     torch.manual_seed(0)
     dl, found = DataLoader(TensorDataset(torch.randn(n, 5), torch.randint(0, 3, (n,))), batch_size=micro_bs), []
     class Note(Callback):
         order = 0
-        def before_step(self): found.append(self.opt.hypers[-1]['lr'])
+        def before_backward(self): found.append(self.opt.hypers[-1]['lr'])
     learn = Learner(DataLoaders(dl, dl, device='cpu'), nn.Linear(5, 3), loss_func=CrossEntropyLossFlat(), opt_func=paper_sgd, lr=.1,
                     cbs=[Accumulate(bs), History(), cb, Note()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1); learn.fit(epochs-1)
@@ -284,11 +284,12 @@ def test_an_update_that_overflows_is_left_out(photos):
     "fp16: infinite gradients reach no weight, and the next update is scaled less"
     seen = []
     class Overflow(Callback):
-        order = 65                                         # after the micro-batches are together, before the scaler looks
-        def before_step(self):
+        order = -11.5                                      # after the micro-batches are together, before the scaler looks
+        def after_backward(self):
             self.model.fc.bias.grad.fill_(float('inf') if len(seen) == 1 else 0.)
             self.was = self.model.conv1.weight.detach().clone()
-        def after_step(self): seen.append((self.learn.scaler.get_scale(), torch.equal(self.was, self.model.conv1.weight)))
+        def after_batch(self):
+            if self.training and self.between_updates: seen.append((self.learn.scaler.get_scale(), torch.equal(self.was, self.model.conv1.weight)))
     fitted(photos, 1, precision='fp16', cbs=[Overflow()])
     scales, still = zip(*seen)
     assert list(still) == [False, True] + [False]*4 and scales[1] == scales[0]/2 == scales[-1]

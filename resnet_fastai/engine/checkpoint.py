@@ -9,18 +9,23 @@ import threading
 import time
 import zipfile
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 
 from .files import DataError, atomic_write
 from .finite import _what_stands, LossError
+from .precision import Precision
 
 
 def _pack(state):
@@ -78,9 +83,50 @@ def batches_from(
     finally: dl.fake_l.generator = None
 
 
+_cancels = CancelTrainException, CancelValidException, CancelEpochException, CancelFitException     # each ends more than the one before
+
+
+def _number(lr): return lr.item() if isinstance(lr, (np.generic, torch.Tensor)) and not lr.ndim else lr
+
+
+def _schedules(cbs): return [cb for cb in cbs if isinstance(cb, ParamScheduler)]
+
+
+def _curves(cbs):
+    "{hyper-parameter: its values, one a parameter group, at 17 places of a fit}"
+    return {name: [np.ravel(f(i/16)).tolist() for i in range(17)] for cb in _schedules(cbs) for name,f in cb.scheds.items()}
+
+
+def _remembered(
+    f, # One of fastai's ways to fit on a schedule
+    rate:str, # The name of its learning rate
+): # The same, and the learner has `call` while it runs
+    "A way to fit that a run which broke off inside can take again"
+    @wraps(f)
+    def fit(self, *args, **kwargs):
+        given = signature(f).bind(self, *args, **kwargs).arguments
+        cbs = given.pop('cbs', None) if given.pop('self') is self else None
+        if self.opt is None: self.create_opt()
+        self.opt.set_hyper('lr', _number(self.lr if given.get(rate) is None else given[rate]))
+        given[rate] = [float(h['lr']) for h in self.opt.hypers]
+        self.call = [f.__name__, given]
+        try: f(self, **given, cbs=cbs)
+        finally: self.call = None
+    return fit
+
+
 class ResumableLearner(Learner):
     "A `Learner` whose fit can begin in the middle, and which ends its update before it obeys Ctrl-C"
-    first_epoch,rest,stopping,decay,spec = 0,None,False,'weights',None
+    first_epoch,rest,stopping,decay,spec,call = 0,None,False,'weights',None,None
+
+    def _call_one(self, event_name):
+        "What a batch or an epoch has done, every callback hears, also where one of them ends the fit"
+        if event_name not in ('after_batch', 'after_epoch'): return super()._call_one(event_name)
+        raised = []
+        for cb in self.cbs.sorted('order'):
+            try: cb(event_name)
+            except _cancels as e: raised.append(e)
+        if raised: raise max(raised, key=lambda e: _cancels.index(type(e)))
 
     def _do_fit(self):
         first,self.first_epoch = self.first_epoch,0
@@ -103,31 +149,78 @@ class ResumableLearner(Learner):
         "Are the gradients empty?"
         return not (hasattr(self, 'accumulate') and self.accumulate.count)
 
+    def _do_one_batch(self):
+        "fastai's, but that the forward pass may be in 16 bits"
+        self.pred = self.precision.forward(self.model, *self.xb) if hasattr(self, 'precision') else self.model(*self.xb)
+        self('after_pred')
+        if len(self.yb):
+            self.loss_grad = self.loss_func(self.pred, *self.yb)
+            self.loss = self.loss_grad.clone()
+        self('after_loss')
+        if self.training and len(self.yb): self._do_grad_opt()
+
+    def add_cb(self, cb):
+        "In the place of fastai's `MixedPrecision` comes `Precision`: `to_fp16` and `to_bf16` work on any device, and with accumulation"
+        cb = cb() if isinstance(cb, type) else cb
+        if isinstance(cb, MixedPrecision): cb = Precision(cb.amp_mode.value, **cb.kwargs)
+        if isinstance(cb, Precision) and hasattr(self, 'precision'):
+            cb.channels_last = cb.channels_last or self.precision.channels_last
+            self.remove_cb(self.precision)
+            if self.spec: self.spec = dict(self.spec, precision=cb.kind)
+            if self.spec and cb.kind == 'fp32': del self.spec['precision']
+        return super().add_cb(cb)
+
+    def to_fp32(self): return self.add_cb(Precision('fp32'))
+
     def create_opt(self):
+        self.lr = _number(self.lr)
         super().create_opt()
         if self.decay == 'conv_fc':
             for p in self._bn_bias_state(False): p['do_wd'] = False
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        if self.opt is None: self.create_opt()
+        self.lr,own = _number(self.lr),[dict(h) for h in self.opt.hypers]
         try:
-            with graceful_interrupt(self): super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
+            with graceful_interrupt(self): super().fit(n_epoch, lr=_number(lr), wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
         except DataError as e:
             if not str(e).startswith('Exception occured in `'): raise
             raise type(e)(str(e).partition(':\n\t')[2]) from None                # fastai says first in which callback
-        finally: [cb.close() for cb in self.cbs if hasattr(type(cb), 'close')]
+        finally:
+            for cb in self.cbs:
+                if hasattr(type(cb), 'close'): cb.close()
+            for name in {name for cb in _schedules(L(cbs) + self.cbs) for name in cb.scheds} - {'lr'}:        # a schedule's last momentum
+                self.opt.set_hyper(name, [h[name] for h in own])
+
+    fit_one_cycle = _remembered(Learner.fit_one_cycle, 'lr_max')
+    fit_flat_cos = _remembered(Learner.fit_flat_cos, 'lr')
+    fit_sgdr = _remembered(Learner.fit_sgdr, 'lr_max')
 
     def to_detach(self, b, cpu=True, gather=True):
         return super().to_detach(b, cpu, gather and not hasattr(self, 'many_processes'))      # whose metrics are summed at the end
 
     def resume(self,
         epochs:int, # Of the whole run
+        cbs=None, # fastai callbacks for the rest, among them the `ParamScheduler` that was given to `fit`, if there was one
     ):
-        "Go on with the run in the checkpoint's folder until it has had `epochs` epochs; begin it where there is none"
+        "Go on with the run in the checkpoint's folder, on its schedule, until it has had `epochs` epochs; begin it where there is none"
         if not hasattr(self, 'checkpoint'): raise DataError("there is no folder to resume from; give the learner a Checkpoint(folder)")
         s = self.checkpoint.find()
         earlier = len(s['callbacks']['history']['rows']) - s['epoch'] if s else len(self.history.rows)     # epochs of fits before this one
-        if epochs - earlier > (s['epoch'] if s else 0): return self.fit(epochs - earlier)
-        with self.no_bar(), self.no_logging(): self.fit(0)         # nothing is left to train
+        if s and s['schedule'] and s['epoch'] < s['n_epoch']: return self._finish(s, earlier, epochs, cbs)
+        if epochs - earlier > (s['epoch'] if s else 0): return self.fit(epochs - earlier, cbs=cbs)
+        with self.no_bar(), self.no_logging(): self.fit(0, cbs=cbs)         # nothing is left to train
+
+    def _finish(self, s, earlier, epochs, cbs):
+        "The rest of a fit on a schedule"
+        (name,args),end = s['call'] or ['fit', dict(n_epoch=s['n_epoch'])],earlier + s['n_epoch']
+        why = ''
+        if epochs != end: why = f"whose schedule ends when the run has had {end} epochs, not {epochs}; resume({end}), and fit on afterwards"
+        elif name == 'fit' and _plain(_curves(L(cbs) + self.cbs)) != s['schedule']:
+            why = f"on a schedule of {' and '.join(s['schedule'])}; pass the same ParamScheduler once more: resume({end}, cbs=…)"
+        if not why and name in ('fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr'): return getattr(self, name)(**args, cbs=cbs)
+        self.checkpoint.state = None
+        raise DataError(f"{self.checkpoint.folder} holds a run that broke off in {name} of {s['n_epoch']} epochs, {why}")
 
 
 @contextmanager
@@ -187,7 +280,7 @@ def _refuse_strangers(path, theirs, ours):
 
 class Checkpoint(Callback):
     "Keep a run in a folder: checkpoints from which it goes on exactly, the best weights, and history.csv"
-    order = 100                                             # after all others
+    order,remove_on_fetch = 100,True                        # after all others; not while `FetchPredsCallback` looks at the validation set
     state_attrs = ('best', 'batches', 'updates')
     def __init__(self,
         folder:str|Path, # Made if need be; one for each run
@@ -236,7 +329,7 @@ class Checkpoint(Callback):
         self.write_history()
 
     def after_cancel_fit(self):
-        if self.stopping and self.trained: self.save(self.epoch, self.batch)
+        if self.trained and self.between_updates: self.save(self.epoch, self.batch)
 
     def gather(self,
         epoch:int, # Of this fit: the one that is under way, or the next one
@@ -245,14 +338,18 @@ class Checkpoint(Callback):
         "Everything that the rest of the run depends on"
         learn,rec,hist = self.learn,self.recorder,self.history
         return dict(
-            format=1, run=run_identity(learn), epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train,
+            format=2, run=run_identity(learn), epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train,
+            n_epoch=self.n_epoch, call=learn.call, schedule=_curves(learn.cbs),
+            hps={k: torch.tensor(v, dtype=torch.float64) for cb in _schedules(learn.cbs) for k,v in cb.hps.items()},
             model=_net(learn).state_dict(), opt=_opt_state(self.opt), lr=learn.lr, hypers=[dict(h) for h in self.opt.hypers],
+            frozen_idx=self.opt.frozen_idx,
             scaler=scaler.state_dict() if (scaler := getattr(learn, 'scaler', None)) else None, ranks=self.of_ranks(),
             recorder=dict(lrs=torch.tensor(rec.lrs, dtype=torch.float64), iters=list(rec.iters), values=[list(v) for v in rec.values],
                           losses=torch.stack(rec.losses) if rec.losses else torch.zeros(0),
                           smooth=[rec.smooth_loss.count, rec.smooth_loss.val], sums=[[m.total, m.count] for m in rec._train_mets[1:] if batch]),
             kept=[len(hist.kept[n]) for n in hist.lists] if hist.kept else None, smooth=list(hist.smooth) if hist.kept else None,
-            elapsed=time.perf_counter() - hist.start, callbacks={cb.name: {a: getattr(cb, a) for a in cb.state_attrs} for cb in _carriers(learn)})
+            elapsed=time.perf_counter() - hist.start,
+            callbacks={cb.name: {a: getattr(cb, a) for a in names} for cb in learn.cbs if (names := _state_of(cb))})
 
     def of_ranks(self) -> list: # Of dicts, one a process
         "What each process has for itself: its generators, and how many of its photos were wrong"
@@ -337,17 +434,24 @@ class Checkpoint(Callback):
         s,self.state,self.mine,learn = self.state,None,True,self.learn
         s |= s['ranks'][rank_distrib()]
         learn.model.load_state_dict(s['model'])
+        own,self.opt.frozen_idx = [dict(h) for h in self.opt.hypers],s['frozen_idx']
         _set_opt_state(self.opt, s['opt'], s['hypers'])
         learn.lr,learn.train_iter,learn.first_epoch = s['lr'],s['train_iter'],s['epoch']
         if s['scaler']: learn.scaler.load_state_dict(s['scaler'])
-        for cb in _carriers(learn):
-            for name,value in s['callbacks'].get(cb.name, {}).items(): setattr(cb, name, value)
+        for name in s['schedule'] if s['epoch'] == s['n_epoch'] else ():                # it is over
+            self.opt.set_hyper(name, learn.lr if name == 'lr' else [h[name] for h in own])
+        for cb in _schedules(learn.cbs): cb.hps |= {k: v.tolist() for k,v in s['hps'].items() if k in cb.hps}
+        self._restore_callbacks(s)
         self._restore_records(s['recorder'], s['kept'], s['smooth'])
         set_rng(s['rng'], self.dls.loaders)
         if getattr(learn, 'progress', None) and hasattr(learn.progress, 'mbar'): learn.progress.mbar.update(0)       # it begins with 0 only
         if s['batch']: learn.rest = partial(self.catch_up, s)
         self.resumed_at_train = s['at_train']
         if self.history.rows and not rank_distrib(): _write_through(self.folder/'history.csv', self.history.df.to_csv(index=False).encode())
+
+    def _restore_callbacks(self, s):
+        for cb in self.learn.cbs:
+            for name,value in s['callbacks'].get(cb.name, {}).items(): setattr(cb, name, value)
 
     def _restore_records(self, r, kept, smooth):
         rec,hist = self.recorder,self.history
@@ -358,8 +462,7 @@ class Checkpoint(Callback):
     def catch_up(self, s):
         "What the beginning of the epoch has reset, once more; then the batches that are left"
         learn,learn.pct_train,self.batch = self.learn,s['pct_train'],s['batch']
-        for cb in _carriers(learn):
-            for name,value in s['callbacks'].get(cb.name, {}).items(): setattr(cb, name, value)
+        self._restore_callbacks(s)
         self.history.wrong,self.history.seen = s['counts']['wrong'],s['counts']['seen']
         for m,(total,count) in zip(self.recorder._train_mets[1:], s['recorder']['sums']): m.total,m.count = total,count
         self.history.start = time.perf_counter() - s['elapsed']
@@ -376,12 +479,15 @@ def _plain(o):
     return o.detach().as_subclass(torch.Tensor) if torch.is_tensor(o) else o.item() if isinstance(o, np.generic) else o
 
 
-def _carriers(learn): return [cb for cb in learn.cbs if hasattr(type(cb), 'state_attrs')]
+def _state_of(cb):
+    "The attributes of a callback that a resumed run needs"
+    fastais = [a for a in ('best', 'wait', 'new_best') if hasattr(cb, a)] if isinstance(cb, TrackerCallback) else ()
+    return getattr(type(cb), 'state_attrs', fastais)
 
 
 def _opt_state(opt):
     "A list of what the optimiser knows of each tensor, and whether it has a gradient"
-    return [dict(opt.state[p], has_grad=p.grad is not None) for p,*_ in opt.all_params()]
+    return [dict(opt.state[p], has_grad=p.grad is not None, trains=p.requires_grad) for p,*_ in opt.all_params()]
 
 
 def _on_rank0(learn, f): return learn.many_processes.on_rank0(f) if hasattr(learn, 'many_processes') else f()
@@ -404,7 +510,7 @@ def read_checkpoint(
         with zipfile.ZipFile(path) as z: bad = z.testzip()     # torch.load does not look at the sums
         if bad: raise DataError(f"{path} is no whole checkpoint: {bad} in it is damaged")
         state = torch.load(path, map_location='cpu', weights_only=True)
-        if state['format'] != 1: raise DataError(f"{path} is of another version of this project: format {state['format']}, not 1")
+        if state['format'] != 2: raise DataError(f"{path} is of another version of this project: format {state['format']}, not 2")
         return state
     except OSError as e: raise DataError(f"{path} cannot be read: {e.strerror or e}") from None
     except DataError: raise
@@ -417,5 +523,7 @@ def read_checkpoint(
 def _set_opt_state(opt, states, hypers):
     for h,new in zip(opt.hypers, hypers): h.update(new)
     for (p,*_),s in zip(opt.all_params(), states):
-        if s['has_grad']: p.grad = torch.zeros_like(p)
-        opt.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k,v in s.items() if k != 'has_grad'}
+        s = {k: v.to(p.device) if torch.is_tensor(v) else v for k,v in s.items()}
+        p.grad = torch.zeros_like(p) if s.pop('has_grad') else None
+        p.requires_grad_(s.pop('trains'))
+        opt.state[p] = s

@@ -21,12 +21,12 @@ def batch_names(
 
 class FiniteLoss(Callback):
     "Stop before an update whose loss is infinite or not a number, and name its photos"
-    order = 5                                               # before any other callback's step
+    order = -20                                             # before any other callback takes the loss for one
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')        # lr_find drives it there on purpose
     def before_epoch(self): self.fitting = False
     def before_train(self): self.fitting = True
 
-    def before_step(self): self._check()
+    def before_backward(self): self._check()
     def after_batch(self):
         if self.fitting and not self.training: self._check()
 

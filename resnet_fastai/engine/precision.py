@@ -1,6 +1,7 @@
 """Forward and backward passes in 16 bits where the hardware computes in them."""
 import torch
-from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.torch_core import to_float
 
 
 def fast_precision(
@@ -15,36 +16,40 @@ def fast_precision(
 
 class Precision(Callback):
     "Forward and backward passes in 16 bits; weights, BN's statistics, loss and updates in 32"
-    order = 70                                              # after `Accumulate` has let the update through
+    order,grad_scaler = -11,None                     # right after `Accumulate`: the other callbacks see gradients that are not scaled
     def __init__(self,
-        dtype:str='bf16', # 'bf16' or 'fp16'
+        dtype:str='bf16', # 'bf16' or 'fp16'; 'fp32' for the order in memory only
         channels_last:bool=False, # Photos in the order that 16-bit convolutions like
-    ): self.dtype,self.channels_last,self.cast = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[dtype],channels_last,None
+        **kwargs, # For `GradScaler`, in fp16
+    ):
+        self.kind,self.channels_last,self.kwargs = dtype,channels_last,kwargs
+        self.dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[dtype]
 
     def before_fit(self):
-        if self.dtype is torch.float16: self.learn.scaler = torch.amp.GradScaler(self._device())
-    def _device(self): return next(self.model.parameters()).device.type
-    def before_batch(self):
-        if self.channels_last: self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) for x in self.xb)
-        self.cast = torch.autocast(self._device(), self.dtype, enabled=self.dtype is not None)
-        self.cast.__enter__()
-    def after_pred(self):
-        self.close()
-        self.learn.pred = self.pred.float()
-    def close(self):
-        "Back to 32 bits, also when a forward pass broke off"
-        if self.cast: self.cast.__exit__(None, None, None)
-        self.cast = None
+        if self.dtype is torch.float16 and self.grad_scaler is None:
+            self.grad_scaler = torch.amp.GradScaler(torch.device(self.dls.device).type, **self.kwargs)
+        if self.dtype is torch.float16: self.learn.scaler = self.grad_scaler
     def after_fit(self): self.learn.scaler = None
+
+    def forward(self,
+        net, # The network
+        *xb:torch.Tensor, # Its inputs
+    ) -> torch.Tensor: # What it answers, in 32 bits
+        "The forward pass; whatever ends it, what follows computes in 32 bits"
+        if self.channels_last: xb = [x.contiguous(memory_format=torch.channels_last) for x in xb]
+        with torch.autocast(xb[0].device.type, self.dtype, enabled=self.dtype is not None): pred = net(*xb)
+        return to_float(pred)
 
     def before_backward(self):
         if scaler := getattr(self.learn, 'scaler', None): self.learn.loss_grad = scaler.scale(self.loss_grad)
-    def before_step(self):
+    def after_backward(self):
         if not (scaler := getattr(self.learn, 'scaler', None)): return
         self.fits = False
         scaler.step(self)                                   # divides the gradients; calls our step() if all of them are numbers
         scaler.update()
-        if not self.fits: raise CancelStepException()       # this update is left out, the next one is scaled less
+        if self.fits: return
+        self.opt.zero_grad()
+        raise CancelBatchException()                        # this update is left out, the next one is scaled less
     def step(self): self.fits = True
     @property
     def param_groups(self): return self.opt.param_groups
