@@ -1,22 +1,22 @@
 "Two and three processes do the training of one"
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from patience import run
 from resnet_fastai.data import demo_data
 
 program = Path(__file__).parent/'many.py'
 
 
-def launch(n, what, folder, timeout=240):
+def launch(n, what, folder):
     "Run many.py in n processes; (exit code, what was said)"
     start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)] if n > 1 else [sys.executable]
     env = os.environ | dict(OMP_NUM_THREADS='1', FASTAI_HOME=str(folder/'fastai'), CUDA_VISIBLE_DEVICES='')
-    p = subprocess.run([*start, str(program), what, str(folder)], capture_output=True, text=True, timeout=timeout, env=env)
+    p = run([*start, program, what, folder], env=env)
     return p.returncode, p.stdout + p.stderr
 
 
@@ -76,12 +76,12 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on_to_the_same_bits(fold
 
 
 def test_a_process_that_fails_ends_the_job_with_its_sentence(folder):
-    code, said = launch(2, 'failing', folder, timeout=120)
+    code, said = launch(2, 'failing', folder)
     assert code != 0 and 'no numbers' in said and 'train/' in said
 
 
 def test_one_interrupted_process_stops_them_all_in_good_order(folder):
-    code, said = launch(2, 'stopped', folder, timeout=120)
+    code, said = launch(2, 'stopped', folder)
     assert code == 0, said
     one, other = left(2, 'stopped', folder)
     assert one['files'] == 1 and all(torch.equal(v, other['weights'][k]) for k, v in one['weights'].items() if 'running' not in k)
