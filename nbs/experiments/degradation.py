@@ -3,8 +3,7 @@
     python nbs/experiments/degradation.py            # three seeds; --jobs 2: two runs side by side
 
 Plain and residual nets of 8, 20 and 44 layers learn to tell eight drawn textures apart; six nets take about a minute on two idle
-cores. The residual net of 44 layers also starts without a warm-up, and at the paper's rate. Every run is stored in
-results/degradation.json with its losses and errors, the command, the commit and the machine."""
+cores. Every run is stored in results/degradation.json with its losses and errors, the command, the commit and the machine."""
 import argparse
 import json
 import time
@@ -31,7 +30,6 @@ kinds, depths, seeds = ('plain', 'resnet'), (8, 20, 44), (0, 1, 2)
 side, train_photos, test_photos = 24, 1200, 400
 bs, epochs, lr = 48, 10, .02                                         # 25 updates an epoch, 250 in all
 warm = 50                                                            # updates at a tenth of the rate, the same for every net
-starts = [('resnet', 44, rate, warm_up) for rate, warm_up in [(lr, False), (.1, True), (.1, False)]]     # what the warm-up is for
 stored = Path(__file__).parent/'results'/'degradation.json'
 
 
@@ -163,7 +161,7 @@ def main(argv=None):
     start, command = time.time(), 'python nbs/experiments/degradation.py'
     if args.jobs > 1: command += f' --jobs {args.jobs}'
     if tuple(args.seeds) != seeds: command += f" --seeds {' '.join(map(str, args.seeds))}"
-    runs = train_all(args.seeds, jobs=args.jobs) + train_all(args.seeds, starts, args.jobs)
+    runs = train_all(args.seeds, jobs=args.jobs)
     write_json(args.out, dict(command=command, commit=commit(__file__), machine=machine(), seconds=round(time.time() - start), runs=runs))
 
 
