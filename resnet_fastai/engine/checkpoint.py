@@ -23,7 +23,7 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 
-from .files import DataError, atomic_write
+from .files import DataError, atomic_write, sync_folder
 from .finite import _what_stands, LossError
 from .precision import Precision
 
@@ -496,10 +496,7 @@ def _on_rank0(learn, f): return learn.many_processes.on_rank0(f) if hasattr(lear
 def _write_through(path, data):
     "Put bytes in the place of a file, whole or not at all, even if the power fails"
     with atomic_write(path) as part: part.write_bytes(data)
-    if hasattr(os, 'O_DIRECTORY'):
-        fd = os.open(path.parent, os.O_DIRECTORY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
+    sync_folder(path.parent)
 
 
 def read_checkpoint(
