@@ -84,10 +84,12 @@ def match(self:LabelMap,
 
 @patch
 def vocab(self:LabelMap,
-    n_out:int=1000, # Outputs of the network
+    n_out:int|None=1000, # Outputs of the network; None: the largest index and one more
 ) -> list: # `n_out` names; entry i names output i
     "The name of each output; a `LabelError` where an index does not fit"
-    if (top := max(self.by_index)) < n_out:
+    top = max(self.by_index)
+    n_out = top + 1 if n_out is None else n_out
+    if top < n_out:
         return [self.by_index.get(i, f'(unused {i})') for i in range(n_out)]
     raise LabelError(f"{self.encoding_name} gives {quote(self.by_index[top])} the index {top}, "
                      f"which does not fit in {n_out} outputs (0 to {n_out-1}); "
@@ -152,7 +154,7 @@ def recipe(
 def photo_block(
     labels:LabelMap, # Gives each photo its label
     n_train:int, # The first so many photos are for training, the rest for validation
-    n_out:int=1000, # Outputs of the network
+    n_out:int|None=1000, # Outputs of the network; None: the largest index and one more
     item_tfms:list=None, # One photo → a crop
     batch_tfms:list=None, # A batch of crops, 8-bit RGB on the device → what the network sees
 ) -> DataBlock: # Takes a `PhotoList` or a list of paths
@@ -192,7 +194,7 @@ def resnet_dls(
     size:int=224, # Side of the crop, pixels
     min_side:int|None=None, # Shortest short side, pixels; None: 256 in proportion to size/224
     max_side:int|None=None, # Longest short side, pixels; None: 480 in proportion to size/224
-    n_out:int=1000, # Outputs of the network; every index must be smaller
+    n_out:int|None=1000, # Outputs of the network; None: the largest index and one more
     stats=None, # `ColorStats`; None: those of this training set
     lighting:float=.1, # Standard deviation of the PCA lighting's alphas; 0: none
     on_bad:str='error', # 'error' or 'skip': about photos unreadable or without a label

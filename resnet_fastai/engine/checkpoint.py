@@ -118,6 +118,7 @@ def _remembered(
 class ResumableLearner(Learner):
     "A `Learner` whose fit can begin in the middle, and which ends its update before it obeys Ctrl-C"
     first_epoch,rest,stopping,decay,spec,call = 0,None,False,'weights',None,None
+    weights,restored,protocol,one_cycle = None,None,'50crop',False        # what it began with, the epoch it went back to, how it predicts
 
     def _call_one(self, event_name):
         "What a batch or an epoch has done, every callback hears, also where one of them ends the fit"
