@@ -63,7 +63,7 @@ class ResNet:
             raise DataError(f"bs={bs} is not a multiple of micro_bs={micro_bs}")
         if seed is not None: set_seed(seed)
         recipe = {k: kwargs.pop(k) for k in signature(resnet_learner).parameters if k in kwargs}
-        dls = resnet_dls(data_path, label_path, label_encoding, bs=micro_bs, **kwargs)
+        dls = resnet_dls(data_path, label_path, label_encoding, micro_bs=micro_bs, **kwargs)
         learn = resnet_learner(dls, arch, bs=bs, **recipe, **(net_args or {}))
         learn = distribute(learn, sync_bn)
         if run_folder is not None: learn.add_cb(Checkpoint(run_folder, every=every, keep=keep))

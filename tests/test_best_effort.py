@@ -15,7 +15,7 @@ from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.practice.prepare import shrink_photos
 
 codes = ['EACCES', 'EPERM', 'EROFS', 'EINVAL', 'ENOSPC', 'ENAMETOOLONG', 'EIO', 'ENOTSUP']
-small = dict(size=32, bs=4, num_workers=0)
+small = dict(size=32, micro_bs=4, num_workers=0)
 
 
 def error(code): return OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
@@ -108,7 +108,7 @@ os.environ.pop('FASTAI_HOME', None)
 os.environ.update(HOME=sys.argv[1], TMPDIR=sys.argv[2])
 from resnet_fastai.data import resnet_dls, resolve_data
 from resnet_fastai.engine.layout import list_photos
-dls = resnet_dls(*sys.argv[3:6], size=32, bs=4, num_workers=0)
+dls = resnet_dls(*sys.argv[3:6], size=32, micro_bs=4, num_workers=0)
 print(dls.stats)
 found = resolve_data('file://' + sys.argv[6])
 print(len(list_photos(found)), 'photos in', found)

@@ -417,7 +417,7 @@ def test_batches(tmp_path, fetched):
                 csv=(from_csv(csv_tree(tmp_path/'c', with_valid), tmp_path/'dc'), {'val/a/2.jpg': dog, 'val/b/3.jpg': cat}),
                 imagenette=(imagenette(tmp_path/'dn'), {f'val/{w}/{w}_9.JPEG': c for w, c in ten.items()}))
     for paths, rows in made.values():
-        dls = resnet_dls(*paths, bs=4, size=32, num_workers=0, device='cpu')
+        dls = resnet_dls(*paths, micro_bs=4, size=32, num_workers=0, device='cpu')
         targets = [int(t) for _, y in dls.valid for t in y]
         assert targets == [rows[p][1] for p in sorted(rows) if p.startswith('val/')]
         x, y = next(iter(dls.train))
