@@ -75,7 +75,7 @@ def five_boxes(
 # %% ../nbs/02_augment.ipynb #ce8afb54
 class ScaleJitterCrop(RandTransform):
     "Resize the shorter side to a random length, crop at random, mirror half; in validation to `min_side`, then the centre"   # §3.4
-    split_idx,order = None,1
+    split_idx,order,rng = None,1,random         # which a loader seeds in each of its workers; a `PhotoDL` gives each photo a generator of its own
     def __init__(self,
         size:int=224, # Side of the crop, pixels
         min_side:int|None=None, # Shortest short side, pixels; None: 256 at size 224, and in proportion
@@ -85,7 +85,6 @@ class ScaleJitterCrop(RandTransform):
     ):
         super().__init__(**kwargs)
         self.size, self.p_mirror, (self.min_side, self.max_side) = size, p_mirror, jitter_sides(size, min_side, max_side)
-        self.rng = random.Random(random.getrandbits(64))                # a `PhotoDL` seeds it anew for each photo
 
     def before_call(self, b, split_idx:int): self.do, self.train = True, split_idx == 0
 

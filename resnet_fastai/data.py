@@ -28,7 +28,7 @@ from .engine.files import _unique, DataError, LabelError, PhotoError, read_json_
 from .engine.layout import from_folders, PhotoList, split_photos
 from .engine.loader import local_rank0_first, join_processes, PhotoBlock, PhotoDL
 from .engine.photo import Photo
-from .engine.survey import _fail_or_skip, _sum, scan_photos
+from .engine.survey import _fail_or_skip, scan_photos
 
 # %% ../nbs/03_data.ipynb #b89c20ef
 def photo_ids(
@@ -197,15 +197,16 @@ def _survey_file(photos):
     return fastai_path('data')/'color_stats'/f'{digest.hexdigest()[:24]}.json'
 
 def _kept(file):
+    "The moments of the photos that could be read, their number, and the places of those that could not"
     try:
         kept = json.loads(file.read_text(encoding='utf-8'))
-        return ColorStats(**kept['stats']), {int(i): why for i,why in kept['bad'].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError): return None
+        return np.array(kept['moments'], float).reshape(4, 4), int(kept['n_photos']), np.array(kept['bad'], int)
+    except (OSError, ValueError, TypeError, KeyError): return None
 
-def _keep(file, stats, bad):
+def _keep(file, moments, n, bad):
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, dict(stats=stats.as_dict(), bad=bad))
+        write_json(file, dict(moments=moments.tolist(), n_photos=n, bad=sorted(bad)))
     except OSError: pass                       # a read-only home costs time, not the run
 
 def read_stats(
@@ -216,16 +217,17 @@ def read_stats(
     "Read all training and validation photos once: the colours of the training set, and which photos are bad"
     paths, n = photos['train'] + photos['val'], len(photos['train'])
     file = _survey_file(paths.texts())
-    if (found := _kept(file)) is None:
-        moments, bad = scan_photos(paths, num_workers)
-        _fail_or_skip(bad, len(paths), on_bad)
-        found = ColorStats.from_moments(*_sum(moments[:n], bad)), bad
-        _keep(file, *found)
-    else: _fail_or_skip(found[1], len(paths), on_bad)
+    total, count, rest = _kept(file) or (np.zeros((4, 4)), 0, np.arange(len(paths)))
+    moments, bad = scan_photos(paths[rest], num_workers) if len(rest) else (np.zeros((0, 4, 4)), {})   # what failed is tried again
+    bad, own = {int(rest[i]): why for i,why in bad.items()}, moments[rest < n]
+    total, count = total + own.sum(0), count + int((own[:,3,3] > 0).sum())
+    if len(bad) < len(rest) or not file.exists(): _keep(file, total, count, bad)
+    _fail_or_skip(bad, len(paths), on_bad)
+    if not count: raise PhotoError(f"none of the {n:,} training photos can be read; first: {bad[min(bad)]}")
     good = np.ones(len(paths), bool)
-    good[list(found[1])] = False
+    good[list(bad)] = False
     if not good[n:].any(): raise PhotoError(f"none of the {len(paths)-n:,} validation photos can be read")
-    return found[0], {**photos, 'train': photos['train'][good[:n]], 'val': photos['val'][good[n:]]}
+    return ColorStats.from_moments(total, count), {**photos, 'train': photos['train'][good[:n]], 'val': photos['val'][good[n:]]}
 
 def recipe(
     size:int, # Side of the crop, pixels
