@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from fastai.torch_core import default_device, num_distrib, rank_distrib, set_seed
+from fastai.torch_core import default_device, rank_distrib, set_seed
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
@@ -49,7 +49,7 @@ class ResNet:
         label_encoding:str|Path, # JSON {label: index}
         arch:str='resnet50', # A name that `build_net` knows
         bs:int=256, # Photos in an update
-        micro_bs:int=32, # Photos that go through the network at a time; `bs` is a multiple of it, or smaller
+        micro_bs:int=32, # Photos that go through the network at a time, in each process; an update is dealt out in equal parts
         seed:int|None=42, # Fixes every draw; None leaves the generators alone
         net_args:dict|None=None, # More for `build_net`: stride_at, shortcut, zero_init_residual
         run_folder:str|Path|None=None, # Where checkpoints and history.csv go, from which `fit(…, resume=True)` goes on; None: nowhere
@@ -58,8 +58,7 @@ class ResNet:
         sync_bn:bool=False, # With several GPUs: BN over the photos of all of them
         **kwargs
     ):
-        micro_bs = min(micro_bs, max(bs//max(num_distrib(), 1), 1))
-        if bs < 1 or micro_bs < 1 or bs % micro_bs: raise DataError(f"bs={bs} is not a multiple of micro_bs={micro_bs}")
+        if bs < 1 or micro_bs < 1: raise DataError(f"bs={bs} and micro_bs={micro_bs} must be 1 or more")
         if seed is not None: set_seed(seed)
         recipe = {k: kwargs.pop(k) for k in signature(resnet_learner).parameters if k in kwargs}
         dls = resnet_dls(data_path, label_path, label_encoding, bs=micro_bs, **kwargs)

@@ -1,6 +1,7 @@
 """Error classes, JSON that is checked as it is read, and files that appear whole or not at all."""
 import json
 import os
+import secrets
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def atomic_write(
 ):
     "Yields a temporary path beside `path`; what is written there takes its place in one step when all went well"
     path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')        # processes of two containers can have one number
     try:
         yield part
         with open(part, 'rb+') as f: os.fsync(f.fileno())
