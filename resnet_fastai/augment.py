@@ -1,4 +1,4 @@
-"""Scale jitter, random crops, exact flips, and the lighting that a training set's own colours suggest
+"""What the network sees of a photo: another scale, another place and another light in each epoch
 
 Docs: https://resnet-fastai.github.io/resnet_fastai/augment.html.md"""
 
@@ -36,7 +36,7 @@ def resize_short(
 
 # %% ../nbs/02_augment.ipynb #b7df3d77
 def in_proportion(
-    side:int, # A length that the paper gives beside its 224-pixel crop
+    side:int, # A length that the paper gives for its 224-pixel crop
     size:int, # Side of the crop in use, pixels
 ) -> int: # Pixels
     "The paper's length, in the same ratio to a crop of another size"
@@ -50,9 +50,9 @@ def jitter_sides(
     "The range of the shorter side; a `DataError` where a crop would not fit"    # §3.4
     lo = in_proportion(256, size) if min_side is None else min_side
     hi = max(lo, in_proportion(480, size)) if max_side is None else max_side
-    if not 1 <= size <= lo <= hi: raise DataError(f"1 ≤ size ≤ min_side ≤ max_side does not hold: size={size}, min_side={lo}, "
-                                                  f"max_side={hi}; the crop must fit into the resized photo")
-    return lo, hi
+    if 1 <= size <= lo <= hi: return lo, hi
+    raise DataError(f"1 ≤ size ≤ min_side ≤ max_side does not hold: size={size}, min_side={lo}, "
+                    f"max_side={hi}; the crop must fit into the resized photo")
 
 # %% ../nbs/02_augment.ipynb #2a49ee6f
 def random_box(
@@ -60,39 +60,45 @@ def random_box(
     size:int, # Side of the crop, pixels
     rng=random, # Draws the place
 ) -> tuple: # (left, upper, right, lower)
-    "A crop at a random place, each equally likely"
-    x,y = rng.randint(0, w-size), rng.randint(0, h-size)
+    "A crop at a random place, each equally likely"                    # §3.4
+    x, y = rng.randint(0, w-size), rng.randint(0, h-size)
     return x, y, x+size, y+size
 
 def five_boxes(
     w:int, h:int, # Size of the resized photo, pixels
     size:int, # Side of the crop, pixels
 ) -> list: # Of (left, upper, right, lower)
-    "The crops of the test protocols: top left, top right, bottom left, bottom right, centre"   # §4.1, as in AlexNet
-    r,b = w-size, h-size
-    return [(x, y, x+size, y+size) for x,y in [(0,0), (r,0), (0,b), (r,b), (round(r/2), round(b/2))]]
+    "The test crops: top left, top right, bottom left, bottom right, centre"   # §4.1, as in AlexNet
+    r, b = w-size, h-size
+    corners = [(0, 0), (r, 0), (0, b), (r, b), (round(r/2), round(b/2))]
+    return [(x, y, x+size, y+size) for x, y in corners]
 
 # %% ../nbs/02_augment.ipynb #ce8afb54
 class ScaleJitterCrop(RandTransform):
-    "Resize the shorter side to a random length, crop at random, mirror half; in validation to `min_side`, then the centre"   # §3.4
-    split_idx,order,rng = None,1,random         # which a loader seeds in each of its workers; a `PhotoDL` gives each photo a generator of its own
+    "Random scale and crop, half mirrored; in validation the centre at `min_side`"   # §3.4
+    split_idx,order = None,1
+    rng = random              # loaders seed it in each worker; `PhotoDL` gives each photo its own
     def __init__(self,
         size:int=224, # Side of the crop, pixels
-        min_side:int|None=None, # Shortest short side, pixels; None: 256 at size 224, and in proportion
-        max_side:int|None=None, # Longest short side, pixels; None: 480 at size 224, and in proportion
+        min_side:int|None=None, # Shortest short side, pixels; None: 256 in proportion to size/224
+        max_side:int|None=None, # Longest short side, pixels; None: 480 in proportion to size/224
         p_mirror:float=.5, # Share of the training crops that are mirrored
         **kwargs
     ):
         super().__init__(**kwargs)
-        self.size, self.p_mirror, (self.min_side, self.max_side) = size, p_mirror, jitter_sides(size, min_side, max_side)
+        self.size, self.p_mirror = size, p_mirror
+        self.min_side, self.max_side = jitter_sides(size, min_side, max_side)
 
     def before_call(self, b, split_idx:int): self.do, self.train = True, split_idx == 0
 
     def draw(self, w:int, h:int) -> tuple: # (short side, box, mirrored?)
-        "Draw, or set, what becomes of a photo of this size"
-        if not self.train: return self.min_side, five_boxes(*short_size(w, h, self.min_side), self.size)[4], False
+        "Draw scale, place and mirroring for a photo of this size; in validation they are fixed"
+        if not self.train:
+            centre = five_boxes(*short_size(w, h, self.min_side), self.size)[4]
+            return self.min_side, centre, False
         side = self.rng.randint(self.min_side, self.max_side)
-        return side, random_box(*short_size(w, h, side), self.size, self.rng), self.rng.random() < self.p_mirror
+        box = random_box(*short_size(w, h, side), self.size, self.rng)
+        return side, box, self.rng.random() < self.p_mirror
 
     def encodes(self, x:Photo):
         side,box,mirrored = self.draw(*x.size)
@@ -112,26 +118,27 @@ class ColorStats:
         eigval, # (3,): variances along the axes, largest first
         eigvec, # (3,3): column k is axis k, of length 1
         n_photos:int=0, # Photos that they were computed from
-    ): 
-        self.mean, self.eigval, self.eigvec = (np.array(o, dtype=np.float64) for o in (mean, eigval, eigvec))
-        self.n_photos = n_photos
-        if (self.mean.shape, self.eigval.shape, self.eigvec.shape) != ((3,), (3,), (3,3)):
-            raise DataError(f"colour statistics need shapes (3,), (3,) and (3,3), not "
-                            f"{self.mean.shape}, {self.eigval.shape} and {self.eigvec.shape}")
+    ):
+        terms = [np.array(o, dtype=np.float64) for o in (mean, eigval, eigvec)]
+        (self.mean, self.eigval, self.eigvec), self.n_photos = terms, n_photos
+        if [o.shape for o in terms] == [(3,), (3,), (3,3)]: return
+        raise DataError("colour statistics need shapes (3,), (3,) and (3,3), not "
+                        f"{self.mean.shape}, {self.eigval.shape} and {self.eigvec.shape}")
 
     @classmethod
-    def from_moments(cls, 
+    def from_moments(cls,
         m:np.ndarray, # (4,4), the sum of `color_moments` over photos
         n_photos:int=0, # Photos that it sums
     ):
         "Mean and axes from summed moments"
         mean = m[3,:3]/m[3,3]
         eigval, eigvec = np.linalg.eigh(m[:3,:3]/m[3,3] - np.outer(mean, mean))
-        eigvec = eigvec*np.sign(eigvec[abs(eigvec).argmax(0), range(3)])
+        eigvec = eigvec*np.sign(eigvec[abs(eigvec).argmax(0), range(3)])    # largest entry > 0
         return cls(mean, eigval[::-1].clip(0), eigvec[:,::-1], n_photos)
 
     def __repr__(self):
-        return f'ColorStats(mean={self.mean.round(4)}, eigval={self.eigval.round(5)}, of {self.n_photos:,} photos)'
+        return (f'ColorStats(mean={self.mean.round(4)}, eigval={self.eigval.round(5)}, '
+                f'of {self.n_photos:,} photos)')
 
 # %% ../nbs/02_augment.ipynb #74545e12
 @patch(cls_method=True)
@@ -140,16 +147,16 @@ def fit(cls:ColorStats,
     on_bad:str='error', # 'error' or 'skip': what to do about photos that cannot be read
     num_workers:int|None=None, # Processes; None: one a core
 ) -> ColorStats: # Of all their pixels, at full resolution
-    "Compute the statistics in one pass; memory does not grow with the number or size of the pixels"
+    "Compute the statistics in one pass over the photos, in constant memory"
     moments, bad = scan_photos(paths, num_workers)
     _fail_or_skip(bad, len(paths), on_bad)
     return ColorStats.from_moments(*_sum(moments, bad))
 
-# %% ../nbs/02_augment.ipynb #a0cbe731
 @patch
 def as_dict(self:ColorStats) -> dict: # Of lists
-    "The terms as JSON holds them"
-    return dict(mean=self.mean.tolist(), eigval=self.eigval.tolist(), eigvec=self.eigvec.tolist(), n_photos=self.n_photos)
+    "Mean, eigenvalues, eigenvectors and number of photos, as JSON holds them"
+    terms = {k: getattr(self, k).tolist() for k in ('mean', 'eigval', 'eigvec')}
+    return dict(terms, n_photos=self.n_photos)
 
 @patch
 def save(self:ColorStats, path:str|Path):
@@ -160,23 +167,25 @@ def save(self:ColorStats, path:str|Path):
 def load(cls:ColorStats,
     path:str|Path, # What `save` wrote
 ) -> ColorStats:
-    "Load what `save` wrote; a `DataError` where it is something else"
+    "Load what `save` wrote; a `DataError` where the file holds something else"
     try: return ColorStats(**json.loads(Path(path).read_text(encoding='utf-8')))
     except OSError as e: raise DataError(f"{path} cannot be read: {e.strerror}") from None
-    except (ValueError, TypeError) as e: raise DataError(f"{path} holds no colour statistics: {e}") from None
+    except (ValueError, TypeError) as e:
+        raise DataError(f"{path} holds no colour statistics: {e}") from None
 
 # %% ../nbs/02_augment.ipynb #1f26c7bd
 class PCALighting(RandTransform):
-    "Shift the colours of each training photo along the axes of the training set's colours"     # §3.4; AlexNet §4.1
-    order,split_idx = 20,0                      # after the division by 255 (10), before the mean goes (99); training only
+    "Shift the colours of each training photo along the axes of its set"   # §3.4, [21] §4.1
+    order,split_idx = 20,0              # after the division by 255 (10); training only
     def __init__(self,
         stats:ColorStats, # Of the training set
         std:float=.1, # Standard deviation of α
-    ): 
+    ):
         super().__init__()
-        self.std, self.axes = std, torch.tensor(stats.eigvec*stats.eigval, dtype=torch.float32)    # column k: pₖ λₖ
+        self.std = std
+        self.axes = torch.tensor(stats.eigvec*stats.eigval).float()    # column k: pₖ λₖ
 
-    def shift(self, 
+    def shift(self,
         n:int, # Photos
         device=None, # Where the photos are
     ) -> torch.Tensor: # (n,3)
@@ -197,7 +206,8 @@ class PhotoNormalize(PCALighting):
         super().__init__(stats, std)
         self.mean = torch.tensor(stats.mean, dtype=torch.float32)
 
-    def before_call(self, b, split_idx:int): self.do, self.lit = True, split_idx == 0 and self.std > 0
+    def before_call(self, b, split_idx:int):
+        self.do, self.lit = True, split_idx == 0 and self.std > 0
 
     def encodes(self, x:TensorImage):           # (B,3,H,W) uint8 → float32
         add = -self.mean.to(x.device).expand(len(x), 3)
@@ -205,7 +215,7 @@ class PhotoNormalize(PCALighting):
         add = add[..., None, None]
         if x.device.type != 'cpu': return x.float().mul_(1/255).add_(add)
         out = np.empty(x.shape, np.float32)
-        for o,rgb,a in zip(out, x.numpy(), add.numpy()):                 # photo by photo, in the cache; the other cores are busy decoding
+        for o,rgb,a in zip(out, x.numpy(), add.numpy()):    # one fits the cache
             np.multiply(rgb, np.float32(1/255), out=o)
             o += a
         return TensorImage(out)

@@ -1,4 +1,4 @@
-"""10 crops, 50 crops, their average, the errors of a whole split, and the answers for a folder of photos
+"""10 crops, 50 crops, the dense way: better answers from a network that is trained already
 
 Docs: https://resnet-fastai.github.io/resnet_fastai/inference.html.md"""
 
@@ -6,51 +6,49 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/inference.html.md"""
 
 # %% auto #0
 __all__ = ['protocols', 'ten_crop', 'paper_scales', 'fifty_crop', 'crop_boxes', 'extract_crops', 'protocol_boxes', 'unique_crops',
-           'make_predictor', 'crop_probs', 'average_crops', 'predict_probs', 'dense_logits', 'dense_probs',
-           'dense_scales', 'wilson', 'evaluate']
+           'make_predictor', 'crop_probs', 'average_crops', 'predict_probs', 'dense_logits', 'dense_probs', 'evaluate']
 
-# %% ../nbs/05_inference.ipynb #d0f28a60
+# %% ../nbs/05_inference.ipynb #9057072f
 from collections import Counter, deque
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from fastai.learner import Learner
 from fastai.torch_core import TensorImage
 from fastprogress.fastprogress import progress_bar
+from PIL import Image, ImageOps
 from torch import nn
 
 from .augment import ColorStats, five_boxes, in_proportion, PCALighting, resize_short
-from .data import LabelMap
-from .engine.batching import prefetch, batched_forward, batch_size
+from .engine.batching import batch_size, batched_forward, prefetch
 from .engine.fast_crop import short_size
 from .engine.fast_net import _bare, dtypes, inference_copy
-from .engine.fetch import resolve_data
 from .engine.files import _one_of, DataError
-from .engine.layout import photo_inputs, PhotoList, split_photos
+from .engine.layout import photo_inputs
 from .engine.photo import open_photo
 from .engine.precision import fast_precision
+from .engine.scores import error_rows
+from .engine.splits import labelled_split, model_parts
 
-# %% ../nbs/05_inference.ipynb #f10d909f
-def _as_tensor(crops): # PIL images of one size → (n,3,H,W) float32 in [0,1]
-    return torch.from_numpy(np.stack([np.asarray(c) for c in crops])).permute(0, 3, 1, 2).float()/255
-
+# %% ../nbs/05_inference.ipynb #846c2e87
 def ten_crop(
-    image, # What `open_photo` takes; it is not resized
+    image, # A photo, as `open_photo` takes it; it is not resized
     size:int=224, # Side of the crops, pixels
 ) -> torch.Tensor: # (10,3,size,size) float32, RGB in [0,1]
-    "Top left, top right, bottom left, bottom right, centre; then the same of the mirror image"      # §3.4, as in AlexNet
+    "Corners and centre, then the same of the mirror image"      # §3.4, as in AlexNet
     img = open_photo(image)
-    if min(img.size) < size: raise DataError(f"a crop of {size} pixels does not fit into a photo of {img.width}×{img.height}")
-    return _as_tensor([im.crop(box) for im in (img, ImageOps.mirror(img)) for box in five_boxes(*img.size, size)])
+    if min(img.size) < size:
+        raise DataError(f"a crop of {size} pixels does not fit into a photo "
+                        f"of {img.width}×{img.height}")
+    boxes = five_boxes(*img.size, size)
+    crops = [np.asarray(im.crop(box)) for im in (img, ImageOps.mirror(img)) for box in boxes]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float()/255
 
-# %% ../nbs/05_inference.ipynb #5fdcd86d
+# %% ../nbs/05_inference.ipynb #66cfb497
 def paper_scales(
     size:int=224, # Side of the crop, pixels
 ) -> tuple: # Five lengths, pixels
@@ -58,39 +56,42 @@ def paper_scales(
     return tuple(in_proportion(s, size) for s in (224, 256, 384, 480, 640))
 
 def fifty_crop(
-    image, # What `open_photo` takes
-    scales:tuple|None=None, # Lengths of the shorter side, pixels; None: (224,256,384,480,640) at size 224, and in proportion
+    image, # A photo, as `open_photo` takes it
+    scales:tuple|None=None, # Lengths of the shorter side, pixels; None: `paper_scales(size)`
     size:int=224, # Side of the crops, pixels
-) -> torch.Tensor: # (10·len(scales),3,size,size) float32, RGB in [0,1]; scale-major
+) -> torch.Tensor: # (10·len(scales),3,size,size) float32, RGB in [0,1]; scale by scale
     "Ten crops of a photo at each of five scales"
-    img = open_photo(image)
-    return torch.cat([ten_crop(resize_short(img, s), size) for s in (paper_scales(size) if scales is None else scales)])
+    img, scales = open_photo(image), paper_scales(size) if scales is None else scales
+    return torch.cat([ten_crop(resize_short(img, s), size) for s in scales])
 
-# %% ../nbs/05_inference.ipynb #527a5ef3
+# %% ../nbs/05_inference.ipynb #bd6af8e2
 def crop_boxes(
     w:int, h:int, # Size of the photo, pixels
     size:int=224, # Side of the crops, pixels
     scales:tuple|None=None, # As for `fifty_crop`
-) -> list: # Of (short side, left, upper, mirrored?), 10 a scale, in the order of `fifty_crop`; left and upper in the resized photo
-    "Where the crops lie"
-    places = []
+) -> list: # Of (short side, left, upper, mirrored?), 10 a scale, in the order of `fifty_crop`
+    "Where the crops lie: left and upper in the resized photo"
+    boxes = []
     for s in (paper_scales(size) if scales is None else scales):
-        W,H = short_size(w, h, s)
-        if min(W, H) < size: raise DataError(f"a crop of {size} pixels does not fit into a photo of {W}×{H}")
-        places += [(s, W-size-x if mirrored else x, y, mirrored) for mirrored in (False, True) for x,y,*_ in five_boxes(W, H, size)]
-    return places
+        W, H = short_size(w, h, s)
+        if min(W, H) < size:
+            raise DataError(f"a crop of {size} pixels does not fit into a photo of {W}×{H}")
+        five = five_boxes(W, H, size)
+        boxes += [(s, x, y, False) for x, y, *_ in five]
+        boxes += [(s, W - size - x, y, True) for x, y, *_ in five]
+    return boxes
 
 def extract_crops(
     img:Image.Image, # Upright, RGB
-    places:list, # Of (short side, left, upper, mirrored?, …)
+    boxes:list, # Of (short side, left, upper, mirrored?, …)
     size:int=224, # Side of the crops, pixels
 ) -> torch.Tensor: # (n,3,size,size) uint8, RGB
-    "The crops at these places; the photo is resized once a scale"
-    at = {s: np.asarray(resize_short(img, s)) for s in dict.fromkeys(p[0] for p in places)}
-    crops = np.stack([at[s][y:y+size, x:x+size][:, ::-1 if mirrored else 1] for s,x,y,mirrored,*_ in places])
-    return torch.from_numpy(crops).permute(0, 3, 1, 2)
+    "Cut crops from a photo, which is resized once a scale"
+    at = {s: np.asarray(resize_short(img, s)) for s in dict.fromkeys(b[0] for b in boxes)}
+    cut = lambda s, x, y, mirrored, *_: at[s][y:y+size, x:x+size][:, ::-1 if mirrored else 1]
+    return torch.from_numpy(np.stack([cut(*b) for b in boxes])).permute(0, 3, 1, 2)
 
-# %% ../nbs/05_inference.ipynb #01b10f00
+# %% ../nbs/05_inference.ipynb #56e39b10
 protocols = ('1crop', '10crop', '50crop', 'dense')
 
 def protocol_boxes(
@@ -100,29 +101,31 @@ def protocol_boxes(
 ) -> list: # As `crop_boxes` gives them
     "One crop and ten crops are taken at short side 256, or in proportion"
     if protocol == '50crop': return crop_boxes(w, h, size)
-    return crop_boxes(w, h, size, (in_proportion(256, size),))[slice(4, 5) if protocol == '1crop' else slice(None)]
+    ten = crop_boxes(w, h, size, (in_proportion(256, size),))
+    return ten[4:5] if protocol == '1crop' else ten
 
 def unique_crops(
-    lists:list, # Several lists of looks
-) -> tuple: # (the different looks among them, (lists, looks) float64: the share of each in each list)
-    "Each look once, and how much it counts"
-    counts = [Counter(l) for l in lists]
+    lists:list, # Several lists of boxes
+) -> tuple: # (the different boxes, (lists, boxes) float64: the weight of each box in each list)
+    "Each box once, and how much it counts"
+    counts = [Counter(boxes) for boxes in lists]
     once = list(dict.fromkeys(chain(*lists)))
-    return once, torch.tensor([[c[p]/c.total() for p in once] for c in counts], dtype=torch.float64)
+    return once, torch.tensor([[c[b]/c.total() for b in once] for c in counts], dtype=torch.float64)
 
-# %% ../nbs/05_inference.ipynb #b7b26b74
+# %% ../nbs/05_inference.ipynb #3eeeb212
 def make_predictor(
     net:nn.Module, # Gives logits
     stats:ColorStats, # Of the training set
     size:int=224, # Side of the crops, pixels
     lighting:bool=False, # Draw a PCA lighting for each crop
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
-) -> tuple: # (a function: (n,3,H,W) crops, uint8 or RGB in [0,1] → float32 logits, on the network's device; the prepared network)
-    "What a network is asked with, again and again"
+) -> tuple: # (a function from crops to logits, the prepared network)
+    "Return a function from (n,3,H,W) crops, uint8 or RGB in [0,1], to (n,n_out) float32 logits"
     device = next(net.parameters()).device
     precision = precision or fast_precision(device)
-    made, light, half = inference_copy(net, precision, size), PCALighting(stats), None if precision == 'fp32' else dtypes[precision]
-    mean = torch.tensor(stats.mean, dtype=torch.float32, device=device)[:,None,None]
+    made, light = inference_copy(net, precision, size), PCALighting(stats)
+    half = None if precision == 'fp32' else dtypes[precision]
+    mean = torch.tensor(stats.mean, dtype=torch.float32, device=device)[:, None, None]
     @torch.inference_mode()
     def ask(x, net=made):
         x = x.to(device, non_blocking=True)
@@ -137,67 +140,72 @@ def crop_probs(
     crops:torch.Tensor, # (n,3,H,W): uint8, or RGB in [0,1]
     stats:ColorStats, # Of the training set
     lighting:bool=False, # Draw a PCA lighting for each crop
-    bs:int=50, # Crops that go through the network at a time
+    bs:int=50, # Crops that pass the network at a time
     precision:str|None='fp32', # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
 ) -> torch.Tensor: # (n,n_out) float32 on the CPU, each row sums to 1
     "The network's probabilities for each crop"
-    ask,_ = make_predictor(net, stats, min(crops.shape[2:]), lighting, precision)
+    ask, _ = make_predictor(net, stats, min(crops.shape[2:]), lighting, precision)
     return torch.cat([ask(x).softmax(1).cpu() for x in crops.split(bs)])
 
-# %% ../nbs/05_inference.ipynb #d9645ae5
-def _shares(places, lit):
-    "As `distinct`; with lighting no two looks are the same"
-    return unique_crops([[(*p, *((j, i) if lit else ())) for i,p in enumerate(l)] for j,l in enumerate(places)])
-
+# %% ../nbs/05_inference.ipynb #82da6dd4
 def average_crops(
-    logits:torch.Tensor, # (n,n_out), of n looks
-    share:torch.Tensor, # (k,n) float64, each row sums to 1
+    logits:torch.Tensor, # (n,n_out), of n crops
+    weights:torch.Tensor, # (k,n) float64, each row sums to 1
     average:str='probs', # 'probs' (the authors' way) or 'logits'
 ) -> np.ndarray: # (k,n_out) float32, each row sums to 1
-    "The average that the looks come to"
+    "The weighted mean of what the crops say"
     logits = logits.double()
-    mean = share@logits.softmax(1) if average == 'probs' else (share@logits.log_softmax(1)).softmax(1)
+    if average == 'probs': mean = weights@logits.softmax(1)
+    else: mean = (weights@logits.log_softmax(1)).softmax(1)
     return mean.float().numpy()
 
-def _ask_crops(ask, photos, looks_of, size, lighting, average, bs, num_workers, skip=()):
-    "(k,n_out) for each photo, or the error that it has if that is among `skip`"
-    shares = deque()
+def _ask_crops(ask, photos, boxes_of, size, lighting, average, bs, num_workers, skip=()):
+    "(k,n_out) for each photo, or its error if that is among `skip`; cut ahead in threads"
+    weights = deque()
     def load(photo):
         try:
-            img = open_photo(photo)
-            once,share = _shares(looks_of(*img.size), lighting)
-            return extract_crops(img, once, size), share
+            lists = boxes_of(*(img := open_photo(photo)).size)
+            if lighting:                                      # no two crops are the same then
+                lists = [[(*b, j, i) for i, b in enumerate(l)] for j, l in enumerate(lists)]
+            once, weight = unique_crops(lists)
+            return extract_crops(img, once, size), weight
         except skip as e: return torch.empty(0, 3, size, size, dtype=torch.uint8), e
     def crops():
-        for x,share in prefetch(load, photos, num_workers): shares.append(share); yield x
+        for x, weight in prefetch(load, photos, num_workers):
+            weights.append(weight)
+            yield x
     for logits in batched_forward(ask, crops(), bs):
-        share = shares.popleft()
-        yield share if isinstance(share, Exception) else average_crops(logits, share, average)
+        weight = weights.popleft()
+        if isinstance(weight, Exception): yield weight
+        else: yield average_crops(logits, weight, average)
 
-# %% ../nbs/05_inference.ipynb #ec605b95
+# %% ../nbs/05_inference.ipynb #0e2b08c2
 def predict_probs(
     net:nn.Module, # Gives logits
-    image, # What `Photo` takes, a list of these, or a folder
+    image, # A photo (path, URL, bytes, PIL image, array), a list of these, or a folder
     stats:ColorStats, # Of the training set
     size:int=224, # Side of the crops, pixels
     scales:tuple|None=None, # As for `fifty_crop`
     lighting:bool=False, # Draw a PCA lighting for each crop
-    bs:int|None=None, # Crops that go through the network at a time; None: as many as suit the hardware
+    bs:int|None=None, # Crops that pass the network at a time; None: as many as suit the hardware
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
-) -> np.ndarray: # (n_out,) float32 that sums to 1; for a list or folder one row each
+) -> np.ndarray: # (n_out,) float32 that sums to 1; for a list or folder a row each
     "Average the probabilities of a photo's crops"
-    photos,one = photo_inputs(image)
-    ask,_ = make_predictor(net, stats, size, lighting, precision)
-    places = lambda w,h: [crop_boxes(w, h, size, scales)]
-    found = _ask_crops(ask, photos, places, size, lighting, 'probs', bs or batch_size(net, size), 0 if one else None)
+    photos, one = photo_inputs(image)
+    ask, _ = make_predictor(net, stats, size, lighting, precision)
+    boxes = lambda w, h: [crop_boxes(w, h, size, scales)]
+    bs, workers = bs or batch_size(net, size), 0 if one else None
+    found = _ask_crops(ask, photos, boxes, size, lighting, 'probs', bs, workers)
     return next(found)[0] if one else np.concatenate(list(found))
 
-# %% ../nbs/05_inference.ipynb #1afb87b6
+# %% ../nbs/05_inference.ipynb #51c5a999
 def _trunk_and_head(net):
     "What comes before the last average, and the layer that reads it"
-    pools = [i for i,m in enumerate(net) if isinstance(m, nn.AdaptiveAvgPool2d)] if isinstance(net, nn.Sequential) else []
-    if len(pools) != 1 or not isinstance(net[-1], nn.Linear):
-        raise DataError("the dense protocol needs a network that ends in one global average and one linear layer, like those of build_net")
+    layers = list(net) if isinstance(net, nn.Sequential) else []
+    pools = [i for i, m in enumerate(layers) if isinstance(m, nn.AdaptiveAvgPool2d)]
+    if len(pools) != 1 or not isinstance(layers[-1], nn.Linear):
+        raise DataError("the dense protocol needs a network that ends in one global average and "
+                        "one linear layer, like those of build_net")
     return net[:pools[0]], net[-1]
 
 def dense_logits(
@@ -205,16 +213,17 @@ def dense_logits(
     stats:ColorStats, # Of the training set
     size:int=224, # Side of the crop that the network was trained on, pixels
     precision:str|None='fp32', # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
-) -> Callable: # A function: (B,3,H,W), uint8 or RGB in [0,1], at least as large as the crop → (B,n_out,windows) logits
+) -> Callable: # From (B,3,H,W) photos, at least as large as the crop, to (B,n_out,windows) logits
     "What the network says about each window of whole photos"      # §3.4
     _trunk_and_head(_bare(net))
-    ask,made = make_predictor(net, stats, size, False, precision)
-    trunk,head = _trunk_and_head(made)
-    window = ask(torch.zeros(1, 3, size, size), trunk).shape[2:]                # 7×7 at 224, for the nets of Table 1
+    ask, made = make_predictor(net, stats, size, False, precision)
+    trunk, head = _trunk_and_head(made)
+    window = ask(torch.zeros(1, 3, size, size), trunk).shape[2:]    # 7×7 at 224, in Table 1's nets
     @torch.inference_mode()
     def dense(x): return head(F.avg_pool2d(ask(x, trunk), window, stride=1).flatten(2).mT).mT
     return dense
 
+# %% ../nbs/05_inference.ipynb #abab00b8
 def dense_probs(
     net:nn.Module, # Of `build_net`
     x:torch.Tensor, # (B,3,H,W), uint8 or RGB in [0,1]; at least as large as the crop
@@ -225,49 +234,23 @@ def dense_probs(
     "The mean of the network's probabilities over all windows of whole photos"      # §3.4
     return dense_logits(net, stats, size, precision)(x).softmax(1).mean(2).cpu()
 
-# %% ../nbs/05_inference.ipynb #593fe113
 def _whole(img, size):
     "Photo and mirror image, (2,3,H,W) uint8, at each of the five scales"
     resized = [resize_short(img, s) for s in paper_scales(size)]
-    return [torch.from_numpy(np.stack([im, ImageOps.mirror(im)])).permute(0, 3, 1, 2) for im in resized]
+    pairs = [np.stack([im, ImageOps.mirror(im)]) for im in resized]
+    return [torch.from_numpy(p).permute(0, 3, 1, 2) for p in pairs]
 
-def dense_scales(
-    net:nn.Module, # Of `build_net`
-    image, # What `open_photo` takes
-    stats:ColorStats, # Of the training set
-    size:int=224, # Side of the crop that the network was trained on, pixels
-    precision:str|None='fp32', # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
-) -> torch.Tensor: # (10,n_out) float32: each of the five scales, plain and mirrored; rows sum to 1
-    "The dense way at the paper's five scales, on the photo and its mirror image"      # §3.4
-    dense = dense_logits(net, stats, size, precision)
-    return torch.cat([dense(x).softmax(1).mean(2).cpu() for x in _whole(open_photo(image), size)])
-
-# %% ../nbs/05_inference.ipynb #f4ba6295
-def wilson(
-    wrong:int, n:int, # Errors, and photos
-    z:float=1.96, # 1.96: 95 %
-) -> tuple: # (low, high)
-    "The interval in which an error rate lies, from a sample (Wilson, 1927)"
-    p, w = wrong/n, z**2/n
-    middle, half = (p + w/2)/(1 + w), z*(p*(1 - p)/n + w/4/n)**.5/(1 + w)
-    return max(0., middle - half), min(1., middle + half)
-
-# %% ../nbs/05_inference.ipynb #4d847a5c
-def _parts(model):
-    "Network, statistics, crop size and labels of a learner or a `ResNet`, and the learner's photos"
-    learn = model if isinstance(model, Learner) else getattr(model, 'learn', None)
-    if learn is not None:
-        dls = learn.dls
-        return SimpleNamespace(net=learn.model, stats=dls.stats, size=dls.size, labels=dls.labels, dls=dls)
-    return SimpleNamespace(net=model.net, stats=model.stats, size=model.size, labels=model.labels, dls=None)
-
-def _answers(parts, photos, wanted, lighting=False, average='probs', precision=None, num_workers=None, bs=None, skip=()):
+# %% ../nbs/05_inference.ipynb #d4849d4b
+def _answers(parts, photos, wanted, lighting=False, average='probs', precision=None,
+             num_workers=None, bs=None, skip=()):
     "(len(wanted),n_out) probabilities for each photo, or its error if that is among `skip`"
+    if wanted == ['dense']:
+        yield from _dense_answers(parts, photos, average, precision, num_workers, skip)
+        return
     size, bs = parts.size, bs or batch_size(parts.net, parts.size)
-    if wanted == ['dense']: yield from _dense_answers(parts, photos, average, precision, num_workers, skip); return
-    ask,_ = make_predictor(parts.net, parts.stats, size, lighting, precision)
-    places = lambda w,h: [protocol_boxes(p, w, h, size) for p in wanted]
-    yield from _ask_crops(ask, photos, places, size, lighting, average, bs, num_workers, skip)
+    ask, _ = make_predictor(parts.net, parts.stats, size, lighting, precision)
+    boxes = lambda w, h: [protocol_boxes(p, w, h, size) for p in wanted]
+    yield from _ask_crops(ask, photos, boxes, size, lighting, average, bs, num_workers, skip)
 
 def _dense_answers(parts, photos, average, precision, num_workers, skip):
     dense = dense_logits(parts.net, parts.stats, parts.size, precision)
@@ -277,55 +260,33 @@ def _dense_answers(parts, photos, average, precision, num_workers, skip):
     for x in prefetch(load, photos, num_workers):
         if isinstance(x, Exception): yield x; continue
         found = torch.cat([dense(one).cpu().double().softmax(1).mean(2) for one in x])
-        yield average_crops(found.log(), torch.full((1, len(found)), 1/len(found), dtype=torch.float64), average)
+        weights = torch.full((1, len(found)), 1/len(found), dtype=torch.float64)
+        yield average_crops(found.log(), weights, average)
 
-# %% ../nbs/05_inference.ipynb #0470fa04
-def _labelled(parts, split, data_path, label_path):
-    "The photos of a split, and the index of each one's label"
-    if parts.dls is None and (data_path is None or label_path is None):
-        raise DataError("a loaded model has no photos; pass data_path and label_path")
-    labels = parts.labels if label_path is None else LabelMap(label_path, parts.labels.encoding)
-    if data_path is not None: photos = split_photos(resolve_data(data_path), (split,))[split]
-    else: photos = parts.dls.photos.get(split)
-    if not photos: raise DataError(f"there are no photos in {parts.dls.path/split}; evaluate another split than {split!r}")
-    if label_path is not None: photos = PhotoList(photos.root, photos.names)                     # forget the labels that they came with
-    labels.match(photos)
-    return photos, np.array([labels.encoding[labels(p)] for p in photos])
-
+# %% ../nbs/05_inference.ipynb #b9aa6804
 def evaluate(
     model, # A `ResNet`, or a learner over `resnet_dls`
     split:str='test', # 'test', 'val' or 'train'; its photos need labels
     protocol:str|list='50crop', # '1crop', '10crop', '50crop' or 'dense', or several of them
-    lighting:bool=False, # Draw a PCA lighting for each crop; the dense way knows none
+    lighting:bool=False, # Draw a PCA lighting for each crop; the dense way has none
     average:str='probs', # Of what the crops say: 'probs' (the authors' way) or 'logits'
     per_class:bool=False, # A row a protocol and class, instead of a row a protocol?
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
     data_path:str|Path|None=None, # Photos of another place than the model's own
     label_path:str|Path|None=None, # Their labels
     num_workers:int|None=None, # Threads that decode photos; None: one a core
-) -> pd.DataFrame: # protocol, [label,] photos, top1_error, top5_error, and the 95 % interval of each: top1_low, top1_high, …
+) -> pd.DataFrame: # protocol, [label,] photos, top1_error, top1_low, top1_high, top5_error, …
     "Top-1 and top-5 error on a split, by one or more of the test protocols"
     wanted = [protocol] if isinstance(protocol, str) else list(protocol)
     for p in wanted: _one_of('protocol', p, protocols)
     _one_of('average', average, ('probs', 'logits'))
-    parts = _parts(model)
-    photos,targ = _labelled(parts, split, data_path, label_path)
-    probs, crops = {}, [p for p in wanted if p != 'dense']
-    for some in [w for w in (crops, ['dense']*('dense' in wanted)) if w]:
+    parts = model_parts(model)
+    photos, targ = labelled_split(parts, split, data_path, label_path)
+    probs, labels = {}, parts.labels if per_class else None
+    for some in ([p for p in wanted if p != 'dense'], ['dense']*('dense' in wanted)):
+        if not some: continue
         found = _answers(parts, photos, some, lighting, average, precision, num_workers)
         probs |= zip(some, np.stack(list(progress_bar(found, total=len(photos), leave=False)), 1))
-    rows = [row for p in wanted for row in _rows(p, probs[p], targ, parts.labels if per_class else None)]
-    return pd.DataFrame({k: pd.Series([r[k] for r in rows], dtype=object if k == 'label' else None) for k in rows[0]})     # a label is any text
-
-def _rows(protocol, probs, targ, labels):
-    groups = {labels.by_index[i]: targ == i for i in np.unique(targ)} if labels else {None: slice(None)}
-    for label,g in groups.items():
-        yield dict(protocol=protocol) | (dict(label=label) if labels else {}) | dict(photos=len(targ[g])) | _errors(probs[g], targ[g])
-
-def _errors(probs, targ):
-    ranked, found = probs.argsort(1)[:,::-1], {}
-    for k in (1, 5):
-        wrong = int((ranked[:,:k] != targ[:,None]).all(1).sum())
-        found[f'top{k}_error'] = wrong/len(targ)
-        found[f'top{k}_low'], found[f'top{k}_high'] = wilson(wrong, len(targ))
-    return found
+    rows = [row for p in wanted for row in error_rows(p, probs[p], targ, labels)]
+    text = lambda k: object if k == 'label' else None             # a label is any text
+    return pd.DataFrame({k: pd.Series([r[k] for r in rows], dtype=text(k)) for k in rows[0]})

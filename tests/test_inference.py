@@ -27,7 +27,7 @@ from resnet_fastai.engine.demo_photos import draw_photo
 from resnet_fastai.engine.files import DataError
 from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.engine.photo import open_photo
-from resnet_fastai.inference import dense_probs, dense_scales, evaluate, predict_probs
+from resnet_fastai.inference import _whole, dense_probs, evaluate, predict_probs
 from resnet_fastai.practice.predict_folder import predict_folder
 from resnet_fastai.model import build_net
 
@@ -79,7 +79,7 @@ def test_dense_is_written_out(arch):
                 maps = net[:-3](to_tensor(im)[None] - mean)[0]
                 windows = [maps[:, i:i+side, j:j+side].mean((1, 2)) for i in range(maps.shape[1]-side+1) for j in range(maps.shape[2]-side+1)]
                 found.append(torch.stack([net.fc(w).softmax(0) for w in windows]).mean(0))
-    close(dense_scales(net, img, stats, 64), torch.stack(found))
+    close(torch.cat([dense_probs(net, x, stats, 64) for x in _whole(img, 64)]), torch.stack(found))
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad(): close(dense_probs(net, x, stats, 64), net(x - mean).softmax(1))    # one window: the ordinary forward pass
 
@@ -113,7 +113,7 @@ def test_predicting_leaves_the_network_alone():
     net.bn1.eval()                                                                            # frozen by its owner
     before, pickled, names = copy.deepcopy(net.state_dict()), len(pickle.dumps(net)), [set(vars(m)) for m in net.modules()]
     predict_probs(net, a_photo(), stats, 64)
-    dense_scales(net, a_photo(), stats, 64)
+    dense_probs(net, _whole(a_photo(), 64)[0], stats, 64)
     assert net.training and not net.bn1.training and net.layer1.training
     for k, v in net.state_dict().items(): assert torch.equal(v, before[k]), k
     assert len(pickle.dumps(net)) == pickled and [set(vars(m)) for m in net.modules()] == names

@@ -18,7 +18,8 @@ from resnet_fastai.core import ResNet
 from resnet_fastai.data import demo_data, from_folders
 from resnet_fastai.engine.files import DataError, write_json
 from resnet_fastai.engine.photo import open_photo
-from resnet_fastai.inference import make_predictor, evaluate, fifty_crop, paper_scales, wilson
+from resnet_fastai.engine.scores import wilson
+from resnet_fastai.inference import evaluate, fifty_crop, make_predictor, paper_scales
 
 crop_sets = {1: [4], 2: [4, 9], 5: range(5), 10: range(10)}             # of the ten: the centre, its mirror image, the five, all
 scale_order = (1, 2, 0, 3, 4)                                           # of the five: 256, then 384, 224, 480 and 640

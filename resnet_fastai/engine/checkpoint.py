@@ -310,11 +310,12 @@ def _trains(cb):
     return getattr(cb, 'part_of_run', False) or any(c.__module__ in ('fastai.callback.training', 'fastai.callback.mixup') for c in type(cb).__mro__)
 
 
-_unlike = dict(network='another network', weights='a network with other weights', encoding='another label encoding', size='another crop size',
-               photos='other training photos', labels='other labels of the training photos', colours='other colour statistics',
+_unlike = dict(processes='another number of processes', network='another network', weights='a network with other weights',
+               encoding='another label encoding', size='another crop size', photos='other training photos',
+               labels='other labels of the training photos', colours='other colour statistics',
                validation='other validation photos or labels', augmentation='another augmentation', batches='batches of another size',
                rate='another learning rate', optimizer='another optimizer', decay='another weight decay', loss='another loss function',
-               callbacks='other callbacks', processes='another number of processes')
+               callbacks='other callbacks')
 
 
 def first_difference(

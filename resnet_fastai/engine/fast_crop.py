@@ -23,6 +23,8 @@ def _early(
     reach:int=64, near:float=.05, # How far to look, resized pixels; what counts as on the spot, photo pixels
 ) -> tuple|None: # (how many resized pixels earlier, that place in the photo)
     "A place before the crop where a pixel of the resized photo begins with a pixel of the photo"
+    # PyTorch's resampling starts at whole pixels. At 375 → 300 pixel 37 begins at 46.25, between two, but pixel 36 at 45: start there and
+    # drop one. Where no such place is near, Pillow's slower resampling, which starts anywhere, does it (in `crop_photo`).
     for k in range(math.ceil(max(1, 1/step)), reach):
         if k >= start: return start, 0
         if abs((at := (start-k)*step) - round(at)) <= near: return k, round(at)

@@ -1,4 +1,4 @@
-"""The same, typed in a terminal
+"""Check, train, stop, go on, measure and predict without opening Python
 
 Docs: https://resnet-fastai.github.io/resnet_fastai/practice/cli.html.md"""
 
@@ -166,7 +166,7 @@ def demo(
 ):
     "Draw photos, train a ResNet-50 on them, and predict with 50 crops: a few minutes on a CPU.\n\nExample: resnet-fastai demo"
     with answering(as_json, log=True) as answer:
-        from resnet_fastai.core import ResNet, plot_predictions
+        from resnet_fastai.core import ResNet
         from resnet_fastai.data import demo_data
         from resnet_fastai.engine.files import DataError
         from resnet_fastai.inference import evaluate
@@ -180,7 +180,7 @@ def demo(
         _forget(folder/'stopped')
         test = model.learn.dls.photos['test']
         plot_history(model.history).savefig(folder/'curves.png', dpi=120)
-        plot_predictions(model, test[:8]).savefig(folder/'predictions.png', dpi=120)
+        model.show_prediction(test[:8], n=3).savefig(folder/'predictions.png', dpi=120)
         right = 1 - evaluate(model, protocol='50crop').top1_error[0]
         answer(dict(model=folder/'model', photos=len(test), top1=right, history=records(model.history)),
                f'50-crop top-1 on {len(test)} test photos: {right:.1%} right (chance {1/len(model.labels):.1%})\n'

@@ -1,4 +1,4 @@
-"""One epoch dealt out to several GPUs or machines, with the results of one
+"""Train on several GPUs or machines with one command, and get the result of one
 
 Docs: https://resnet-fastai.github.io/resnet_fastai/practice/distributed.html.md"""
 

@@ -1,4 +1,4 @@
-"""The likeliest labels, the fifty crops one by one, the places that speak for a label, and the labels that get confused
+"""See a network's likeliest labels, its fifty crops, the places that speak for a label, and the labels that it confuses
 
 Docs: https://resnet-fastai.github.io/resnet_fastai/practice/look.html.md"""
 
@@ -31,7 +31,8 @@ from ..engine.photo import open_photo
 from ..engine.batching import batch_size
 from ..engine.fast_net import _bare, _copy
 from ..engine.files import _one_of
-from ..inference import _labelled, _parts, crop_probs, extract_crops, crop_boxes, predict_probs
+from ..engine.splits import labelled_split, model_parts
+from ..inference import crop_boxes, crop_probs, extract_crops, predict_probs
 from .share import Trained, as_trained
 
 # %% ../../nbs/practice/look.ipynb #68688db8
@@ -241,8 +242,8 @@ def interpretation(
     import fastai.vision.learner  # noqa: F401  it draws photos with top losses, and takes a second to import
     require_trained(model)
     _one_of('split', split, splits)
-    parts = _parts(model)
+    parts = model_parts(model)
     if parts.dls is None: raise DataError("a loaded model has no photos; its errors elsewhere are what evaluate(data_path=…, label_path=…) tells")
-    photos,_ = _labelled(parts, split, None, None)
+    photos,_ = labelled_split(parts, split)
     learn = model if isinstance(model, Learner) else model.learn
     return PhotoInterpretation.from_learner(learn, dl=learn.dls.test_dl(photos, with_labels=True))

@@ -17,7 +17,8 @@ from fastprogress.fastprogress import progress_bar
 from ..engine.fast_net import _bare, weights_hash
 from ..engine.files import _one_of, DataError, PhotoError, atomic_write, write_json
 from ..engine.layout import list_photos, PhotoList
-from ..inference import _answers, _parts, protocols
+from ..engine.splits import model_parts
+from ..inference import _answers, protocols
 
 
 def _line(row):
@@ -146,7 +147,7 @@ def predict_folder(
     bs:int|None=None, # Crops that go through the network at a time; None: as many as suit the hardware
 ) -> pd.DataFrame: # id, label_1, prob_1, …, error: why a photo cannot be read, '' for the others
     "The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too)"
-    parts = _parts(model)
+    parts = model_parts(model)
     _one_of('protocol', protocol, protocols)
     if type(n) is not int or not 1 <= n <= (known := len(parts.labels)):
         raise DataError(f"n is {n!r}; this model knows {known} labels, so it must be from 1 to {known}")

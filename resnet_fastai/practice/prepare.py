@@ -1,4 +1,4 @@
-"""What becomes of every kind of photo, a check that finds the bad ones first, and large photos made small once and for all
+"""Find bad photos and labels before the first epoch, and make large photos small, once
 
 Docs: https://resnet-fastai.github.io/resnet_fastai/practice/prepare.html.md"""
 

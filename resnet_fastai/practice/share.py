@@ -1,4 +1,4 @@
-"""Save, load, export: a network for people who have neither the photos nor a reason to trust you
+"""Save, load and export a network for people who have neither the photos nor a reason to trust you
 
 Docs: https://resnet-fastai.github.io/resnet_fastai/practice/share.html.md"""
 

@@ -1,4 +1,4 @@
-"""ImageNet as it is handed out, a CSV of names and labels, and Imagenette, each brought into this project's layout
+"""Class folders, a CSV, ImageNet and Imagenette, each brought into this project's layout by one call
 
 Docs: https://resnet-fastai.github.io/resnet_fastai/practice/sources.html.md"""
 

@@ -1,0 +1,38 @@
+"""Error rates of predictions, each with its 95 % interval."""
+import numpy as np
+
+
+def wilson(
+    wrong:int, # Errors
+    n:int, # Photos
+    z:float=1.96, # 1.96: 95 %
+) -> tuple: # (low, high), 0 to 1
+    "The interval in which an error rate lies, from a sample (Wilson, 1927)"
+    p, w = wrong/n, z**2/n
+    middle, half = (p + w/2)/(1 + w), z*(p*(1 - p)/n + w/4/n)**.5/(1 + w)
+    return max(0., middle - half), min(1., middle + half)
+
+
+def error_rates(
+    probs:np.ndarray, # (n,n_out)
+    targ:np.ndarray, # (n,) indices
+) -> dict: # top1_error, top1_low, top1_high, top5_error, …
+    "Top-1 and top-5 error, and the interval of each"
+    ranked, found = probs.argsort(1)[:, ::-1], {}
+    for k in (1, 5):
+        wrong = int((ranked[:, :k] != targ[:, None]).all(1).sum())
+        found[f'top{k}_error'] = wrong/len(targ)
+        found[f'top{k}_low'], found[f'top{k}_high'] = wilson(wrong, len(targ))
+    return found
+
+
+def error_rows(
+    protocol:str, # Its name, for the table
+    probs:np.ndarray, # (n,n_out)
+    targ:np.ndarray, # (n,) indices
+    labels=None, # A `LabelMap`: a row for each class; None: one row
+): # Yields dicts: protocol, [label,] photos and `error_rates`
+    "The rows of an evaluation"
+    groups = {labels.by_index[i]: targ == i for i in np.unique(targ)} if labels else {None: slice(None)}
+    for label, g in groups.items():
+        yield dict(protocol=protocol) | (dict(label=label) if labels else {}) | dict(photos=len(targ[g])) | error_rates(probs[g], targ[g])

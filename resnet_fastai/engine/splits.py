@@ -1,0 +1,37 @@
+"""What an evaluation needs of a model and of a split: the network's parts, the photos, the index of each photo's label."""
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from fastai.learner import Learner
+
+from .fetch import resolve_data
+from .files import DataError
+from .layout import PhotoList, split_photos
+
+
+def model_parts(
+    model, # A learner over `resnet_dls`, or a `ResNet`
+) -> SimpleNamespace: # net, stats, size, labels; dls: the learner's photos, None for a loaded model
+    "What predictions need of a model"
+    learn = model if isinstance(model, Learner) else getattr(model, 'learn', None)
+    of, dls, net = (model, None, model.net) if learn is None else (learn.dls, learn.dls, learn.model)
+    return SimpleNamespace(net=net, stats=of.stats, size=of.size, labels=of.labels, dls=dls)
+
+
+def labelled_split(
+    parts:SimpleNamespace, # From `model_parts`
+    split:str, # 'train', 'val' or 'test'
+    data_path:str|Path|None=None, # Photos of another place than the model's own
+    label_path:str|Path|None=None, # Their labels
+) -> tuple: # (photos, (n,) array of indices)
+    "The photos of a split, and the index of each one's label"
+    if parts.dls is None and (data_path is None or label_path is None):
+        raise DataError("a loaded model has no photos; pass data_path and label_path")
+    labels = parts.labels if label_path is None else type(parts.labels)(label_path, parts.labels.encoding)
+    if data_path is None: photos = parts.dls.photos.get(split)
+    else: photos = split_photos(resolve_data(data_path), (split,))[split]
+    if not photos: raise DataError(f"there are no photos in {parts.dls.path/split}; evaluate another split than {split!r}")
+    if label_path is not None: photos = PhotoList(photos.root, photos.names)                     # without their old labels
+    labels.match(photos)
+    return photos, np.array([labels.encoding[labels(p)] for p in photos])
