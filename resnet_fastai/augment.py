@@ -20,6 +20,7 @@ from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandTransform
 from fastcore.basics import patch
 
+from .engine.batching import constant
 from .engine.fast_crop import crop_photo, short_size
 from .engine.files import DataError, write_json
 from .engine.photo import Photo
@@ -145,7 +146,7 @@ class ColorStats:
 def fit(cls:ColorStats,
     paths:list, # Photos; grey ones count as RGB
     on_bad:str='error', # 'error' or 'skip': what to do about photos that cannot be read
-    num_workers:int|None=None, # Processes; None: one a core
+    num_workers:int|None=None, # Threads; None: one a core
 ) -> ColorStats: # Of all their pixels, at full resolution
     "Compute the statistics in one pass over the photos, in constant memory"
     moments, bad = scan_photos(paths, num_workers)
@@ -190,7 +191,8 @@ class PCALighting(RandTransform):
         device=None, # Where the photos are
     ) -> torch.Tensor: # (n,3)
         "Draw the shift of R, G and B for each photo"
-        return torch.randn(n, 3, device=device)*self.std @ self.axes.to(device).T
+        axes = constant(self.axes, torch.device(device or 'cpu'))
+        return torch.randn(n, 3, device=device)*self.std @ axes.T
 
     def encodes(self, x:TensorImage):           # (B,3,H,W), RGB in [0,1]
         return x + self.shift(len(x), x.device)[..., None, None].to(x.dtype)
@@ -210,7 +212,7 @@ class PhotoNormalize(PCALighting):
         self.do, self.lit = True, split_idx == 0 and self.std > 0
 
     def encodes(self, x:TensorImage):           # (B,3,H,W) uint8 → float32
-        add = -self.mean.to(x.device).expand(len(x), 3)
+        add = -constant(self.mean, x.device).expand(len(x), 3)
         if self.lit: add = add + self.shift(len(x), x.device)
         add = add[..., None, None]
         if x.device.type != 'cpu': return x.float().mul_(1/255).add_(add)

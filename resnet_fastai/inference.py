@@ -25,7 +25,8 @@ from torch import nn
 
 from .augment import ColorStats, five_boxes, in_proportion, PCALighting, resize_short
 from .engine.batching import batch_size, batched_forward, prefetch
-from .engine.fast_crop import short_size
+from .engine.dense import Dense
+from .engine.fast_crop import cutter, short_size
 from .engine.fast_net import _bare, dtypes, inference_copy
 from .engine.files import _one_of, DataError
 from .engine.layout import photo_inputs
@@ -87,8 +88,8 @@ def extract_crops(
     size:int=224, # Side of the crops, pixels
 ) -> torch.Tensor: # (n,3,size,size) uint8, RGB
     "Cut crops from a photo, which is resized once a scale"
-    at = {s: np.asarray(resize_short(img, s)) for s in dict.fromkeys(b[0] for b in boxes)}
-    cut = lambda s, x, y, mirrored, *_: at[s][y:y+size, x:x+size][:, ::-1 if mirrored else 1]
+    at = {s: cutter(img, s) for s in dict.fromkeys(b[0] for b in boxes)}
+    cut = lambda s, x, y, mirrored, *_: at[s](x, y, size, size)[:, ::-1 if mirrored else 1]
     return torch.from_numpy(np.stack([cut(*b) for b in boxes])).permute(0, 3, 1, 2)
 
 # %% ../nbs/05_inference.ipynb #56e39b10
@@ -220,8 +221,8 @@ def dense_logits(
     trunk, head = _trunk_and_head(made)
     window = ask(torch.zeros(1, 3, size, size), trunk).shape[2:]    # 7×7 at 224, in Table 1's nets
     @torch.inference_mode()
-    def dense(x): return head(F.avg_pool2d(ask(x, trunk), window, stride=1).flatten(2).mT).mT
-    return dense
+    def read(maps): return head(F.avg_pool2d(maps, window, stride=1).flatten(2).mT).mT
+    return Dense(lambda x: ask(x, trunk), read, window, size)          # a long strip goes in tiles
 
 # %% ../nbs/05_inference.ipynb #abab00b8
 def dense_probs(
@@ -255,11 +256,11 @@ def _answers(parts, photos, wanted, lighting=False, average='probs', precision=N
 def _dense_answers(parts, photos, average, precision, num_workers, skip):
     dense = dense_logits(parts.net, parts.stats, parts.size, precision)
     def load(photo):
-        try: return _whole(open_photo(photo), parts.size)
+        try: return open_photo(photo)
         except skip as e: return e
-    for x in prefetch(load, photos, num_workers):
-        if isinstance(x, Exception): yield x; continue
-        found = torch.cat([dense(one).cpu().double().softmax(1).mean(2) for one in x])
+    for img in prefetch(load, photos, num_workers):
+        if isinstance(img, Exception): yield img; continue
+        found = torch.cat([dense.mean(img, side) for side in paper_scales(parts.size)])
         weights = torch.full((1, len(found)), 1/len(found), dtype=torch.float64)
         yield average_crops(found.log(), weights, average)
 

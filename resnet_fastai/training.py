@@ -11,6 +11,7 @@ __all__ = ['paper_sgd', 'caffe_velocity', 'caffe_step', 'caffe_sgd', 'Accumulate
 # %% ../nbs/04_training.ipynb #9c4cc2fc
 import time
 from functools import partial
+from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401  the progress bar of every fit
 import fastai.callback.schedule  # noqa: F401  learn.lr_find
@@ -282,21 +283,26 @@ def resnet_learner(
     channels_last:bool|None=None, # The colours of a pixel side by side in memory; None: on a CPU, and in 16 bits
     compile:bool=False, # Let PyTorch compile the network: a slow first batch, faster ones later
     cbs=None, # More fastai callbacks
+    metrics=None, # More metrics, beside `top1_error` and `top5_error`
+    loss_func=None, # None: `CrossEntropyLossFlat()`
+    path:str|Path|None=None, # The learner's folder, where fastai saves; None: that of the loaders
     **kwargs, # For `build_net`: stride_at, shortcut, …
 ) -> ResumableLearner: # With `history` and `plateau_lr` among its callbacks
     "The paper's network and recipe as a fastai `Learner`"
     if decay not in ('weights', 'conv_fc', 'all'): raise DataError(f"decay is {decay!r}; it must be 'weights', 'conv_fc' or 'all'")
+    if len(dls.loaders) < 2 or dls.valid.n == 0:
+        raise DataError("these loaders have no validation photos; leave some out of training, for example with RandomSplitter()")
     device = torch.device(dls.device or 'cpu')
     precision = precision or fast_precision(device)
     if precision not in ('fp32', 'bf16', 'fp16'): raise DataError(f"precision is {precision!r}; it must be 'fp32', 'bf16' or 'fp16'")
     if channels_last is None: channels_last = device.type == 'cpu' or precision != 'fp32'
-    metrics = [top1_error] + ([top5_error] if len(getattr(dls, 'labels', dls.vocab)) > 5 else [])
+    metrics = [top1_error] + ([top5_error] if len(getattr(dls, 'labels', dls.vocab)) > 5 else []) + list(L(metrics))
     cbs = [Accumulate(bs), schedule or PlateauLR(patience=patience, min_delta=min_delta), History(), FiniteLoss(),
            Precision(precision, channels_last), *L(cbs)]
     net = build_net(arch, n_out=len(dls.vocab), **kwargs)
     if channels_last: net = net.to(memory_format=torch.channels_last)
     if compile: net.compile()                               # in place: the names of the weights stay
-    learn = ResumableLearner(dls, net, loss_func=CrossEntropyLossFlat(), opt_func=opt_func,
+    learn = ResumableLearner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,
                              lr=default_lr(bs) if lr is None else lr, metrics=metrics, wd_bn_bias=decay != 'weights', cbs=cbs)
     learn.decay,learn.spec = decay,dict(arch=arch, **kwargs) | ({} if learn.precision.kind == 'fp32' else dict(precision=learn.precision.kind))
     return learn

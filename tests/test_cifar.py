@@ -6,7 +6,6 @@ import pickle
 import shutil
 import signal
 import struct
-import sys
 import warnings
 from argparse import Namespace
 from pathlib import Path
@@ -26,6 +25,18 @@ experiments = Path(__file__).resolve().parent.parent/'nbs'/'experiments'
 spec = importlib.util.spec_from_file_location('cifar10_script', experiments/'cifar10.py')
 cifar = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cifar)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    "The second script, which imports the first"
+    monkeypatch.syspath_prepend(str(experiments))
+    spec = importlib.util.spec_from_file_location('cifar_figures_script', experiments/'cifar_figures.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 sha256 = dict(train='d59acf989e068e709ce686cda292672c7b212c08d29d3d3e6d8c3aa99eba6a85',      # of CIFAR-10's photos and labels
               test='899683d46c3a8c66fd56e1af12202e69fe5a4517be10b0f68e04c78fe585c57c')
 classes = 'bird', 'cat', 'ship'
@@ -50,7 +61,8 @@ def folder(tmp_path_factory):
 def run(folder, tmp_path):
     "run(name): a run of 8 updates of 16 photos, in epochs of 3, 3 and 2"
     def go(name, **kwargs):
-        args = dict(depth=8, updates=8, seed=3, bs=16, out=tmp_path/f'{name}.json', run_folder=tmp_path/name, cache=tmp_path/'cache') | kwargs
+        args = dict(depth=8, updates=8, seed=3, bs=16, out=tmp_path/f'{name}.json', run_folder=tmp_path/name,
+                    cache=tmp_path/'cache') | kwargs
         return cifar.train(folder, **args), json.loads(args['out'].read_text())
     return go
 
@@ -90,7 +102,8 @@ def python2(value):
     if isinstance(value, int): return b'J' + struct.pack('<i', value)
     if isinstance(value, str): return b'U' + bytes([len(value)]) + value.encode()
     n, m = value.shape
-    return (b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR(K\x01J' + struct.pack('<i', n) + b'J' + struct.pack('<i', m)
+    return (b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR(K\x01J' + struct.pack('<i', n)
+            + b'J' + struct.pack('<i', m)
             + b'\x86cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb'
             + b'\x89T' + struct.pack('<i', value.size) + value.tobytes() + b'tb')
 
@@ -127,7 +140,8 @@ def test_pickled_batches(folder, arrays, tmp_path, writer):
         assert found['classes'] == list(classes) and found['about']['kind'] == 'pickled batches' and not found['about']['lossy']
         assert np.array_equal(found['test'][0].permute(0, 2, 3, 1), arrays[2]) and np.array_equal(found['test'][1], arrays[3])
         order = np.concatenate([np.arange(i, 48, 5) for i in range(5)])
-        assert np.array_equal(found['train'][0].permute(0, 2, 3, 1), arrays[0][order]) and np.array_equal(found['train'][1], arrays[1][order])
+        assert np.array_equal(found['train'][0].permute(0, 2, 3, 1), arrays[0][order])
+        assert np.array_equal(found['train'][1], arrays[1][order])
     assert found['about']['sha256'] == cifar.cifar10(folder, tmp_path)['about']['sha256']      # in whatever order
 
 
@@ -136,8 +150,8 @@ class Evil:
     def __reduce__(self): return exec, ('import pathlib; pathlib.Path("was_run").touch()',)
 
 
-@pytest.mark.parametrize('content', [pickle.dumps(Evil()), pickle.dumps(dict(data=Evil(), labels=[1])), pickle.dumps(dict(data=np.array([Evil()]), labels=[1])),
-                                     pickle.dumps([1, 2]), pickle.dumps(dict(labels=[1])), b'', b'hello',
+@pytest.mark.parametrize('content', [*map(pickle.dumps, [Evil(), dict(data=Evil(), labels=[1]), dict(data=np.array([Evil()]), labels=[1]),
+                                                         [1, 2], dict(labels=[1])]), b'', b'hello',
                                      b'cbuiltins\neval\n(U\x011tR.', b'cnumpy.core.multiarray\nscalar\n.'])
 def test_a_pickle_runs_nothing(arrays, tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
@@ -154,7 +168,8 @@ def test_npz(arrays, tmp_path):
     assert found['about']['kind'] == 'npz' and found['classes'] == list(classes) and np.array_equal(found['train'][1], y)
     assert np.array_equal(found['train'][0].permute(0, 2, 3, 1), x) and np.array_equal(found['test'][0].permute(0, 2, 3, 1), tx)
     for bad, says in [(dict(y=y[:-1]), '48 train photos have 47 labels'), (dict(tx=tx[:, :30]), r'the test photos are \(12, 3, 30, 32\)'),
-                      (dict(x=x.astype(np.float32)), 'float32'), (dict(ty=ty + 1), 'label lies outside the 3 classes'), (dict(y=None), 'lacks y')]:
+                      (dict(x=x.astype(np.float32)), 'float32'), (dict(ty=ty + 1), 'label lies outside the 3 classes'),
+                      (dict(y=None), 'lacks y')]:
         told = {k: v for k, v in (dict(x=x, y=y, tx=tx, ty=ty, classes=classes) | bad).items() if v is not None}
         np.savez(tmp_path/'bad.npz', **told)
         with pytest.raises(DataError, match=says): cifar.cifar10(tmp_path/'bad.npz')
@@ -176,7 +191,8 @@ def jpeg(img, **how):
 
 
 def test_what_is_not_cifar10_is_said_and_stored(folder, tmp_path):
-    with pytest.warns(UserWarning, match=r'is not CIFAR-10 as published: it has 48 \+ 12 photos, not 50,000 \+ 10,000\. Results will say so'):
+    says = r'is not CIFAR-10 as published: it has 48 \+ 12 photos, not 50,000 \+ 10,000\. Results will say so'
+    with pytest.warns(UserWarning, match=says):
         about = cifar.cifar10(folder, tmp_path)['about']
     assert about['kind'] == 'class folders' and (about['lossy'], about['is_cifar10']) == (False, False)
     shutil.copytree(folder, tmp_path/'own')
@@ -191,8 +207,10 @@ def test_cifar10_itself(shared_data, tmp_path):
         data = cifar.cifar10(shared_data/'cifar10')
     assert data['about'] == dict(kind='grids', sha256=sha256, lossy=False, is_cifar10=True)
     x, y = data['train']
-    np.testing.assert_allclose(cifar.color_mean_std(x[:2000]), [f(x[:2000].numpy()/255, axis=(0, 2, 3)) for f in (np.mean, np.std)], atol=1e-7)
-    for other, says in [(dict(train=(x.flip(1), y)), 'mean and std .* are 0.4465 0.4822 0.4914'), (dict(train=(x, y.clamp(min=1))), 'not ten of the same size'),
+    by_numpy = [f(x[:2000].numpy()/255, axis=(0, 2, 3)) for f in (np.mean, np.std)]
+    np.testing.assert_allclose(cifar.color_mean_std(x[:2000]), by_numpy, atol=1e-7)
+    for other, says in [(dict(train=(x.flip(1), y)), 'mean and std .* are 0.4465 0.4822 0.4914'),
+                        (dict(train=(x, y.clamp(min=1))), 'not ten of the same size'),
                         (dict(test=data['train']), r'50,000 \+ 50,000 photos')]:
         with pytest.raises(AssertionError, match=says): assert not cifar._strange(data | other), cifar._strange(data | other)
     photos = data['test'][0][:500].permute(0, 2, 3, 1).numpy()
@@ -214,8 +232,8 @@ class Theirs(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def block(self, ni, nf):
-        parts = dict(conv1=nn.Conv2d(ni, nf, 3, nf//ni, 1, bias=False), bn1=nn.BatchNorm2d(nf), conv2=nn.Conv2d(nf, nf, 3, 1, 1, bias=False), bn2=nn.BatchNorm2d(nf))
-        return nn.ModuleDict(parts)
+        convs = nn.Conv2d(ni, nf, 3, nf//ni, 1, bias=False), nn.Conv2d(nf, nf, 3, 1, 1, bias=False)
+        return nn.ModuleDict(dict(conv1=convs[0], bn1=nn.BatchNorm2d(nf), conv2=convs[1], bn2=nn.BatchNorm2d(nf)))
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
@@ -283,14 +301,15 @@ def test_a_run_of_the_papers_recipe(run):
     np.testing.assert_allclose(learn.recorder.lrs, [.1]*4 + [.01]*2 + [.001]*2)
     assert {k: learn.opt.hypers[0][k] for k in ('mom', 'wd')} == dict(mom=.9, wd=1e-4)
     assert [r['updates'] for r in told['epochs']] == [3, 6, 8] and told['updates_done'] == told['updates'] == 8
-    for key in ('command', 'commit', 'seed', 'machine', 'data', 'seconds', 'parameters', 'macs', 'precision', 'paper_updates'): assert told[key] not in (None, '')
+    for key in ('command', 'commit', 'seed', 'machine', 'data', 'seconds', 'parameters', 'macs', 'precision', 'paper_updates'):
+        assert told[key] not in (None, '')
     assert told['seconds'] == pytest.approx(sum(r['seconds'] for r in told['epochs']))
     logits, targets = learn.get_preds(dl=learn.dls.valid, act=torch.nn.Identity())
     assert told['epochs'][-1]['top1_error'] == pytest.approx((logits.argmax(1) != targets).float().mean().item())
     assert told['epochs'][-1]['valid_loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize('event, at', [('after_epoch', 2), ('after_batch', 6), ('after_batch', 7)])      # an epoch: three batches and one of evaluation
+@pytest.mark.parametrize('event, at', [('after_epoch', 2), ('after_batch', 6), ('after_batch', 7)])      # an epoch: 3 batches, 1 of evaluation
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch, event, at):
     once, told = run('once')
     after, seen = getattr(cifar.Results, event), []
@@ -345,7 +364,8 @@ def test_stored_results(file):
     run = Namespace(**json.loads(file.read_text()))
     assert file.stem == f'{run.kind}{run.depth}-{run.updates}-{run.seed}'
     assert run.data['is_cifar10'] and not run.data['lossy'] and run.data['sha256'] == sha256
-    for option in (f'--depth {run.depth}', f'--kind {run.kind}', f'--updates {run.updates}', f'--seed {run.seed}'): assert option in run.command
+    for option in (f'--depth {run.depth}', f'--kind {run.kind}', f'--updates {run.updates}', f'--seed {run.seed}'):
+        assert option in run.command
     assert run.train_photos == 50_000 and run.evaluated_photos == 10_000 and run.bs == 128 and len(run.commit.rstrip('+')) == 40
     assert run.updates_done == run.epochs[-1]['updates'] <= run.updates
     assert np.all(np.diff([r['updates'] for r in run.epochs]) > 0)
@@ -353,3 +373,103 @@ def test_stored_results(file):
         fallen = sum(r['updates'] > run.updates*part for part in (1/2, 3/4))
         assert r['lr'] == pytest.approx(.1/10**fallen) and 0 < r['top1_error'] < 1 and 0 < r['train_error'] < 1
         assert round(r['top1_error']*10_000, 2) == pytest.approx(round(r['top1_error']*10_000), abs=.02)      # whole photos of 10,000
+
+
+# ── Looking inside ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A `cifar_resnet14` whose BNs are not as at the start, and photos"
+    torch.manual_seed(0)
+    net = build_net('cifar_resnet14', 10)
+    x = torch.randint(256, (24, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.ndim == 1: p.uniform_(.2, 1)
+        for _ in range(20): net.train()(cifar.published_input(x))
+    return net.eval(), x, torch.arange(24) % 10
+
+
+def test_responses_are_the_spread_of_what_each_bn_puts_out(figures, trained):
+    net, x, _ = trained
+    h, expected = cifar.published_input(x), {}
+    def bn(name, h, m):                                                  # by BN's formula
+        shape = (1, -1, 1, 1)
+        out = (h - m.running_mean.view(shape))/(m.running_var.view(shape) + m.eps).sqrt()*m.weight.view(shape) + m.bias.view(shape)
+        expected[name] = out.double().numpy().std()
+        return out
+    with torch.no_grad():
+        h = bn('conv1', net.conv1(h), net.bn1).relu()
+        for s in (1, 2, 3):
+            for i, b in enumerate(getattr(net, f'layer{s}')):
+                r = bn(f'layer{s}.{i}.conv1', b.conv1(h), b.bn1).relu()
+                h = (bn(f'layer{s}.{i}.conv2', b.conv2(r), b.bn2) + b.shortcut(h)).relu()
+    look = figures.Responses(net)
+    figures.predict(net, x, bs=5)
+    found = look.stop()
+    assert [*found] == [*expected] and len(found) == 13                  # the 3×3 layers, first to last
+    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-3)
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_without_a_block_only_its_shortcut_is_left(figures, trained):
+    net, x, y = trained
+    found = figures.without_each_block(net, x, y, bs=7)
+    assert [r['block'] for r in found] == [f'layer{s}.{i}' for s in (1, 2, 3) for i in (0, 1)]
+    for row in found:
+        bn = net.get_submodule(row['block']).bn2                         # F is zero where its last BN puts out zeros
+        was = [bn.weight.data.clone(), bn.bias.data.clone()]
+        bn.weight.data.zero_(), bn.bias.data.zero_()
+        assert row['error'] == pytest.approx((figures.predict(net, x).argmax(1) != y).float().mean().item())
+        bn.weight.data, bn.bias.data = was
+
+
+def test_ensembles_average_probabilities(figures):
+    probs, y = {d: torch.rand(200, 4).softmax(1) for d in (8, 14, 20)}, torch.randint(4, (200,))
+    found = {tuple(r['nets']): r['error'] for r in figures.ensembles(probs, y)}
+    assert {*found} == {(8,), (14,), (20,), (8, 14), (8, 20), (14, 20), (8, 14, 20)}
+    for nets, error in found.items():
+        votes = np.mean([probs[d].numpy() for d in nets], axis=0)
+        assert error == pytest.approx((votes.argmax(1) != y.numpy()).mean())
+
+
+def test_a_short_run_keeps_gradients_and_responses(figures, folder, tmp_path, monkeypatch):
+    seen, make = [], figures.cifar_learner
+    class Spy(figures.Callback):
+        order = 31
+        def before_step(self):
+            norms = [p.grad.double().square().sum().sqrt().item() for p in self.model.parameters() if p.ndim == 4]
+            seen.append((self.loss.item(), norms))
+    monkeypatch.setattr(figures, 'cifar_learner', lambda *args: make(*args[:-1], [*args[-1], Spy()]))
+    figures.main([str(folder), '--net', 'plain8', '--updates', '22', '--bs', '16', '--out', str(tmp_path/'plain8.json'), '--threads', '1'])
+    told = json.loads((tmp_path/'plain8.json').read_text())
+    assert told['updates_done'] == 22 and told['net'] == 'plain8' and not told['data']['is_cifar10']
+    assert [r['update'] for r in told['gradients']] == [*range(1, 11), 20]
+    for r in told['gradients']:
+        loss, norms = seen[r['update'] - 1]
+        np.testing.assert_allclose([r['loss'], *r['norms']], [loss, *norms], rtol=1e-3)
+    assert len(told['layers']) == 7 and [*told['responses']] == told['layers'] and min(told['responses'].values()) > 0
+
+
+def test_smaller_photos_are_means_of_squares(figures):
+    x = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    expected = x.numpy().reshape(3, 3, 8, 4, 8, 4).mean((3, 5))
+    assert figures.smaller(x, 8).dtype == torch.uint8 and np.abs(figures.smaller(x, 8).numpy() - expected).max() <= .5
+
+
+@pytest.mark.parametrize('file', sorted((experiments/'results'/'layers').glob('*.json')), ids=lambda p: p.stem)
+def test_stored_layers(file):
+    told = json.loads(file.read_text())
+    assert told['data'] == dict(kind=told['data']['kind'], sha256=sha256, lossy=False, is_cifar10=True)
+    assert told['command'].startswith('python nbs/experiments/cifar_figures.py CIFAR10 --') and len(told['commit']) == 40
+    if 'net' in told:
+        assert f'--net {file.stem} ' in told['command'] and told['updates_done'] == told['updates'] == told['gradients'][-1]['update']
+        layers = int(told['net'].lstrip('plainresnet')) - 1              # all but the last one
+        assert len(told['layers']) == len(told['responses']) == layers == len(told['gradients'][0]['norms'])
+    if file.stem == 'published':
+        assert {int(d): round(n['error']*10_000) for d, n in told['nets'].items()} == {20: 827, 32: 737, 44: 690, 56: 661}
+        assert {int(d): len(n['responses']) for d, n in told['nets'].items()} == {d: d - 1 for d in (20, 32, 44, 56)}
+        singles = {tuple(r['nets']): r['error'] for r in told['ensembles']}
+        assert len(singles) == 15 and all(singles[int(d),] == n['error'] for d, n in told['nets'].items())
+        assert {int(d): len(rows) for d, rows in told['without_block'].items()} == {20: 9, 56: 27}
+    if file.stem == 'jpeg': assert told['rows'][0]['quality'] is None and round(told['rows'][0]['error']*10_000) == 827

@@ -8,11 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from inspect import signature
 from pathlib import Path
 
 import pytest
+
+from patience import run, until
 
 commands = ['demo', 'check', 'stats', 'train', 'resume', 'evaluate', 'predict', 'export']
 small = '--arch cifar_resnet8 --size 32 --bs 8 --num-workers 0'.split()
@@ -89,13 +90,6 @@ def shell(tmp_path_factory):
     yield sh
     sh.server.stdin.close()
     sh.server.wait()
-
-
-def until(what, seconds=60):
-    end = time.time() + seconds
-    while not what():
-        assert time.time() < end, 'waited in vain'
-        time.sleep(.005)
 
 
 def checkpoints(run): return sorted(run.glob('checkpoint-*.pt'))
@@ -415,8 +409,7 @@ def test_class_folders(shell, tmp_path):
 def test_one_process_only(tmp_path):
     "Several that torchrun has started would write one run over each other"
     for args in (['train', 'd', 'l', 'e', '--model', 'm'], ['resume', 'r']):
-        done = subprocess.run([sys.executable, '-c', 'from resnet_fastai.practice.cli import main; main()', *args], env=os.environ | dict(WORLD_SIZE='2'), cwd=tmp_path,
-                              capture_output=True, text=True, timeout=60)
+        done = run([sys.executable, '-c', 'from resnet_fastai.practice.cli import main; main()', *args], env=os.environ | dict(WORLD_SIZE='2'), cwd=tmp_path)
         assert done.returncode == 1 and 'trains in one process' in done.stderr and not [*tmp_path.iterdir()], done
 
 

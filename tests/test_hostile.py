@@ -1,6 +1,5 @@
 "Files that are no photos, or hardly: only clear complaints, no crash, no hang, no growing memory."
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hostile import wholes
+from patience import run
 from resnet_fastai.engine.files import PhotoError
 from resnet_fastai.engine.photo import Photo, open_photo
 
@@ -18,7 +18,7 @@ from resnet_fastai.engine.photo import Photo, open_photo
 def said(tmp_path_factory):
     "What ten thousand of them led to, in a process of its own"
     script = Path(__file__).with_name('hostile.py')
-    out = subprocess.run([sys.executable, script, tmp_path_factory.mktemp('hostile'), '10000'], capture_output=True, text=True, timeout=400)
+    out = run([sys.executable, script, tmp_path_factory.mktemp('hostile'), '10000'])
     assert not out.returncode, out.stderr[-3000:]
     return json.loads(out.stdout.splitlines()[-1])
 

@@ -2,23 +2,23 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from patience import run
 from resnet_fastai.data import demo_data
 
 program = Path(__file__).parent/'many.py'
 
 
-def launch(n, what, folder, timeout=3000):
+def launch(n, what, folder):
     "Run many.py in n processes; (exit code, what was said)"
     start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)] if n > 1 else [sys.executable]
     env = os.environ | dict(OMP_NUM_THREADS='1', FASTAI_HOME=str(folder/'fastai'), CUDA_VISIBLE_DEVICES='')
-    p = subprocess.run([*start, str(program), what, str(folder)], capture_output=True, text=True, timeout=timeout, env=env)
+    p = run([*start, program, what, folder], env=env)
     return p.returncode, p.stdout + p.stderr
 
 

@@ -255,6 +255,12 @@ def test_the_front_page_links_to_every_notebook_by_its_title(docs):
     assert titles <= links, f'nbs/index.ipynb should have the links {sorted(titles - links)}; then run: make readme'
 
 
+def test_stored_outputs_name_no_file_of_a_machine():
+    "Run a notebook with PYTHONWARNINGS=ignore, and where it lies"
+    texts = {p.name: re.findall(r'[^\s"]*/site-packages/[^\s"]*|[^\s"]* at 0x[0-9a-f]{8,}>', p.read_text(encoding='utf-8')) for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    assert len(texts) > 15 and {name: found for name, found in texts.items() if found} == {}
+
+
 def stored_pictures():
     for p in (root/'nbs').rglob('*.ipynb'):
         for i,c in enumerate(json.loads(p.read_text(encoding='utf-8'))['cells']):

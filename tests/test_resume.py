@@ -7,7 +7,6 @@ import pickle
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 from functools import partial
@@ -26,6 +25,7 @@ from fastai.vision.augment import Resize
 from fastai.vision.data import ImageBlock
 
 from kill_and_resume import result, same
+from patience import run
 from resnet_fastai.engine import checkpoint, finite
 from resnet_fastai.core import ResNet, train
 from resnet_fastai.augment import ColorStats
@@ -93,7 +93,7 @@ def digests(folder): return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() 
 def test_twenty_kills_change_nothing(workers, tmp_path):
     "Ten at random moments, ten inside a checkpoint's writing; and five times Ctrl-C"
     script = Path(__file__).with_name('kill_and_resume.py')
-    out = subprocess.run([sys.executable, script, tmp_path, str(workers), '20', str(workers)], capture_output=True, text=True, timeout=300)
+    out = run([sys.executable, script, tmp_path, str(workers), '20', str(workers)])
     assert not out.returncode, out.stderr[-3000:]
     said = json.loads(out.stdout.splitlines()[-1])
     print(said)

@@ -134,6 +134,12 @@ def shown_exports(cell, module, lesson, seen):
     return [*bar, cell]
 
 
+def without_warnings(outputs):
+    "Outputs without what Python's warnings wrote, which names files of the machine"
+    noise = lambda o: o['output_type'] == 'stream' and o['name'] == 'stderr' and re.search(r'\S+\.py:\d+: \w*Warning', ''.join(o['text']))
+    return [o for o in outputs if not noise(o)]
+
+
 def default_exp(nb_path):
     "The module that a notebook exports; '' for one that exports nothing"
     found = re.search(r'^#\| *default_exp +(\S+)', '\n'.join(c.source for c in nbformat.read(nb_path, 4).cells if c.cell_type == 'code'), re.M)
@@ -153,6 +159,7 @@ def processed(
     cells = []
     for c in nb.cells:
         if c.cell_type == 'markdown': c.source = linkify(page_links(c.source), where)
+        else: c.outputs = without_warnings(c.get('outputs', []))
         kinds = c.directives_.keys() if c.cell_type == 'code' and hasattr(c, 'directives_') else set()
         if 'default_exp' in kinds or c.cell_type == 'code' and not c.source.strip(): continue
         cells += shown_exports(c, module, lesson, seen) if exports & kinds else [c]
@@ -221,6 +228,7 @@ def write_llms(site, out):
     for part, pages in in_order(site).items():
         lines += ['', f"## {part or 'Start here'}", ''] + [f"- [{p.title}]({base}/{str(p.out).removesuffix('.html')}.llms.md)" for p in pages]
     (out/'llms.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    for p in out.rglob('*.llms.md'): rewrite(p, lambda text: re.sub(r'<div class="interactive".*?</script>\n*', '', text, flags=re.S))   # the picture stays
 
 
 def write_search(site, out, names):

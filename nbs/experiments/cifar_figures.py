@@ -1,26 +1,32 @@
-"""Look inside networks of the paper's CIFAR-10 family, and keep what is found as JSON files in results/layers/.
+"""Look inside networks of the paper's CIFAR-10 family, and keep what is found as JSON in results/layers/.
 
-    python nbs/experiments/cifar_figures.py CIFAR10 --weights FOLDER          # four networks that others have trained
-    python nbs/experiments/cifar_figures.py CIFAR10 --net plain56 --epochs 2  # the first epochs of the paper's run
+    python nbs/experiments/cifar_figures.py CIFAR10 --weights FOLDER    # four networks that others have trained
+    python nbs/experiments/cifar_figures.py CIFAR10 --weights FOLDER --jpeg 95 90 75    # ResNet-20 on copies of the test photos
+    python nbs/experiments/cifar_figures.py CIFAR10 --net plain56       # a short run of our own, at half the resolution
 
 With --weights: test errors, errors of ensembles (the idea of Table 5), the error without each block, and the responses of Figure 7, of
 resnet20.th, resnet32.th, resnet44.th and resnet56.th from https://github.com/akamaster/pytorch_resnet_cifar10. With --net: the gradient
 of every 3×3 layer while the network is trained, and its responses after each epoch. CIFAR10 as for cifar10.py."""
 import argparse
+import io
 import re
 import sys
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
+from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
-from cifar10 import (cifar10, cifar_dls, cifar_learner, commit, machine, paper_updates, predict, published_errors, published_input,
-                     published_net, weights_of)
+from cifar10 import (block_edges, cifar10, cifar_dls, cifar_learner, commit, epochs, machine, paper_updates, predict, published_errors,
+                     published_input, published_net, weights_of)
 from resnet_fastai.engine.files import DataError, write_json
 from resnet_fastai.model import Block, count_params
+from resnet_fastai.training import WarmUp
 
 results = Path(__file__).parent/'results'/'layers'
 
@@ -95,6 +101,30 @@ def published(folder, weights, out, delete=(20, 56)):
     return told
 
 
+def jpeg_copy(x, quality): # (N,3,32,32) of 8 bits; JPEG's quality, up to 95
+    "The photos as they come back from JPEG files, colour at half resolution as usual"
+    def copy(photo):
+        file = io.BytesIO()
+        Image.fromarray(photo).save(file, 'JPEG', quality=quality)
+        return np.asarray(Image.open(file))
+    return torch.from_numpy(np.stack([copy(p) for p in x.permute(0, 2, 3, 1).numpy()])).permute(0, 3, 1, 2)
+
+
+def on_jpegs(folder, weights, qualities, out):
+    "The error of the published ResNet-20 on the test photos, and on copies that have been JPEGs"
+    data = cifar10(folder)
+    (x, y), net = data['test'], published_net(Path(weights)/'resnet20.th')
+    command = f"--weights {Path(weights).name} --jpeg {' '.join(map(str, qualities))}"
+    told = _about(command, data) | dict(weights=weights_of, photos=len(x), rows=[])
+    for q in [None, *qualities]:
+        copies = x if q is None else jpeg_copy(x, q)
+        told['rows'].append(dict(quality=q, block_edges=_digits(block_edges(copies)),
+                                 error=(predict(net, copies).argmax(1) != y).double().mean().item()))
+        print(told['rows'][-1], flush=True)
+        _write(out, told)
+    return told
+
+
 # --- While it is trained
 
 class Gradients(Callback):
@@ -117,29 +147,37 @@ class KeepLayers(Callback):
     def after_epoch(self):
         row = self.history.rows[-1]
         self.told |= dict(updates_done=self.gradients.updates, train_error=row['train_error'], top1_error=row['top1_error'],
-                          layers=[k for k, _, _ in layers_3x3(self.model)], responses=self.responses, gradients=self.gradients.rows)
+                          layers=[*self.responses], responses=self.responses, gradients=self.gradients.rows)
         _write(self.out, self.told)
         print(f"{self.told['net']}: {self.gradients.updates:,} updates, test error {row['top1_error']:.2%}", flush=True)
 
 
-def first_epochs(folder, net, epochs, seed, out):
-    "The first epochs of the paper's run of 64,000 updates"
+def smaller(x, size): # (N,3,32,32) of 8 bits
+    "The photos at `size`, the mean of each square of pixels"
+    return x if size == 32 else torch.cat([F.avg_pool2d(b.float(), 32//size).round().byte() for b in x.split(1000)])
+
+
+def short_run(folder, net, updates, size, bs, seed, out):
+    "The recipe of §4.2 in small: fewer updates and pixels, and for every net the small rate that the paper begins 110 layers with"
     kind, depth = re.fullmatch('(plain|resnet)([0-9]+)', net).groups()
     data = cifar10(folder)
-    dls = cifar_dls(data)
+    dls = cifar_dls(data | {s: (smaller(data[s][0], size), data[s][1]) for s in ('train', 'test')}, bs)
     set_seed(seed)
     for dl in dls.loaders: dl.rng.seed(seed)
-    told = _about(f'--net {net} --epochs {epochs} --seed {seed}', data) | dict(net=net, seed=seed, paper_updates=paper_updates, precision='bf16')
+    options = dict(net=net, updates=updates, size=size, bs=bs, seed=seed)
+    told = _about(' '.join(f'--{k} {v}' for k, v in options.items()), data) | options | dict(paper_updates=paper_updates, precision='bf16')
     gradients = Gradients()
-    learn = cifar_learner(dls, int(depth), kind, precision='bf16', cbs=[gradients, KeepLayers(out, told, gradients)])
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+    warm_up = [] if int(depth) >= 110 else [WarmUp(.01, .8)]         # `cifar_learner` has it from 110 layers on
+    learn = cifar_learner(dls, int(depth), kind, updates, 'bf16', [gradients, KeepLayers(out, told, gradients), *warm_up])
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs(dls, updates))
     return learn
 
 
 # --- The command
 
 def _about(options, data):
-    return dict(command=f'python nbs/experiments/cifar_figures.py CIFAR10 {options}', commit=commit(__file__), machine=machine(), data=data['about'])
+    command = f'python nbs/experiments/cifar_figures.py CIFAR10 {options}'
+    return dict(command=command, commit=commit(__file__), machine=machine(), data=data['about'])
 
 
 def _write(out, told):
@@ -152,17 +190,23 @@ def main(argv=None):
     p.add_argument('folder', type=Path, help='CIFAR-10, as for cifar10.py')
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument('--weights', type=Path, help='a folder with resnet20.th, resnet32.th, resnet44.th and resnet56.th')
-    what.add_argument('--net', help='plain20, resnet56, …: trained for the first epochs')
-    p.add_argument('--epochs', type=int, default=2, help='with --net: epochs of 390 updates')
+    what.add_argument('--net', help='plain20, resnet56, …: trained for a short time')
+    p.add_argument('--jpeg', type=int, nargs='+', metavar='QUALITY', help='with --weights: qualities of JPEG, from 1 to 95')
+    p.add_argument('--updates', type=int, default=3000, help='with --net; the rate falls after 1/2 and 3/4 of them')
+    p.add_argument('--size', type=int, default=16, choices=[8, 16, 32], help='with --net: pixels on a side')
+    p.add_argument('--bs', type=int, default=64, help='with --net: photos in an update')
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--out', type=Path, help='default: nbs/experiments/results/layers/NET.json, or published.json')
+    p.add_argument('--out', type=Path, help='default: nbs/experiments/results/layers/NET.json, published.json or jpeg.json')
     p.add_argument('--threads', type=int, help='of the processor; default: all')
     args = p.parse_args(argv)
     if args.threads: torch.set_num_threads(args.threads)
-    if args.net and not re.fullmatch('(plain|resnet)[0-9]+', args.net): p.error(f"--net is {args.net!r}; it should be like plain20 or resnet56")
+    if args.net and not re.fullmatch('(plain|resnet)[0-9]+', args.net):
+        p.error(f"--net is {args.net!r}; it should be like plain20 or resnet56")
+    if args.jpeg and not args.weights: p.error('--jpeg needs --weights: a network that is asked about the copies')
     try:
-        if args.weights: published(args.folder, args.weights, args.out or results/'published.json')
-        else: first_epochs(args.folder, args.net, args.epochs, args.seed, args.out or results/f'{args.net}.json')
+        if args.jpeg: on_jpegs(args.folder, args.weights, args.jpeg, args.out or results/'jpeg.json')
+        elif args.weights: published(args.folder, args.weights, args.out or results/'published.json')
+        else: short_run(args.folder, args.net, args.updates, args.size, args.bs, args.seed, args.out or results/f'{args.net}.json')
     except (DataError, FileNotFoundError) as e: sys.exit(f'{type(e).__name__}: {e}')
 
 

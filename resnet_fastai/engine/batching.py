@@ -2,6 +2,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from itertools import chain
 
 import torch
@@ -13,17 +14,22 @@ def prefetch(
     load:Callable, # Of an item
     items:Iterable,
     num_workers:int|None=None, # Threads; 0: none; None: one a core, 16 at most
+    depth:int=0, # So many items are loaded ahead, besides two a thread
+    single:bool=False, # Let PyTorch use one core in each of these threads
 ) -> Iterator: # load(item) for each, in their order
     "Load items in threads, a few more than are asked for"
     num_workers = defaults.cpus if num_workers is None else num_workers
     if not num_workers: yield from map(load, items); return
-    pool, soon = ThreadPoolExecutor(num_workers), deque()
+    cores = torch.get_num_threads()
+    pool, soon = ThreadPoolExecutor(num_workers, initializer=partial(torch.set_num_threads, 1) if single else None), deque()
     try:
         for item in items:
             soon.append(pool.submit(load, item))
-            if len(soon) > 2*num_workers: yield soon.popleft().result()
+            if len(soon) > 2*num_workers + depth: yield soon.popleft().result()
         while soon: yield soon.popleft().result()
-    finally: pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if single: torch.set_num_threads(cores)                       # what threads to come begin with
 
 
 def batched_forward(
@@ -52,5 +58,19 @@ def batch_size(
     size:int=224, # Side of the crops, pixels
 ) -> int: # Crops
     "How many crops at a time fill a GPU, or stay in the cache of a CPU"
-    if next(net.parameters()).device.type != 'cpu': return 250
-    return max(1, min(64, round(4*torch.get_num_threads()*(224/size)**2)))
+    device = next(net.parameters()).device
+    if device.type == 'cpu': return max(1, min(64, round(4*torch.get_num_threads()*(224/size)**2)))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else 8 << 30
+    return max(1, min(round(250*(224/size)**2), int(free/2/((64 << 20)*(size/224)**2))))      # 64 MiB a crop: twice what ResNet-50 takes in 32 bits
+
+
+@lru_cache(maxsize=64)
+def _sent(values, shape, device): return torch.tensor(values, device=device).view(shape)
+
+
+def constant(
+    t:torch.Tensor, # A few numbers of float32, on the CPU
+    device:torch.device,
+) -> torch.Tensor: # The same on the device; not to be changed
+    "A small tensor where it is needed, sent there once and not with each batch"
+    return t if device.type == 'cpu' else _sent(tuple(t.flatten().tolist()), tuple(t.shape), device)

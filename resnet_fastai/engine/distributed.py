@@ -21,6 +21,7 @@ class ManyProcesses(Callback):
     def __init__(self): self.net = self.seeded = None
 
     def before_fit(self):
+        if hasattr(self.learn, 'lr_finder'): raise DataError("lr_find runs in one process; start it without torchrun, and train with the rate that it finds")
         self.run,self.net = not hasattr(self.learn, 'lr_finder'),None
         if not self.seeded: self.compare()
         for dl in self.dls.loaders: dl.rng.setstate(self.on_rank0(dl.rng.getstate))

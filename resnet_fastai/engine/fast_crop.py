@@ -17,6 +17,24 @@ def short_size(
     return (side, max(1, int(side*h/w))) if w <= h else (max(1, int(side*w/h)), side)
 
 
+def cutter(
+    img:Image.Image, # RGB
+    side:int, # Length that its short side is resized to, pixels
+    most:int=1<<24, # Pixels of a resized photo; of a larger one only the parts are made that are asked for
+): # A function: (left, upper, width, height) in the resized photo → (height,width,3) uint8
+    "Cut parts out of a resized photo, which for a long strip would be very large"
+    (w,h), (W,H) = img.size, short_size(*img.size, side)
+    if W*H <= most:
+        whole = np.asarray(img if (W,H) == (w,h) else img.resize((W,H), Image.Resampling.BILINEAR))
+        return lambda x,y,across,down: whole[y:y+down, x:x+across]
+    rim = [math.ceil(max(1, N/n)) + 2 for n,N in ((w,W), (h,H))]                    # resized pixels that a pixel of the photo reaches
+    def part(x, y, across, down):
+        x0, y0, x1, y1 = max(0, x - rim[0]), max(0, y - rim[1]), min(W, x + across + rim[0]), min(H, y + down + rim[1])
+        out = img.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=(x0*w/W, y0*h/H, min(w, x1*w/W), min(h, y1*h/H)))
+        return np.asarray(out)[y-y0:y-y0+down, x-x0:x-x0+across]
+    return part
+
+
 def _early(
     start:int, # First pixel of the crop, in the resized photo
     step:float, # Pixels of the photo for each of the resized one

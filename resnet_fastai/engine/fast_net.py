@@ -6,9 +6,9 @@ import threading
 from collections import Counter
 from contextlib import suppress
 from functools import lru_cache
+from types import BuiltinFunctionType, FunctionType
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -130,36 +130,65 @@ def to_half(
     for m in [m for m in net.modules() if type(m) is nn.Linear][-1:]: m.__class__ = FullLinear
 
 
-def _bit_sums(t):
-    "(1021,) int64: the bits of a tensor's numbers as whole numbers, every 1021st added up"
-    if t.dtype in (torch.bool, torch.bfloat16, torch.float16): t = t.float()
-    if t.is_complex(): t = torch.view_as_real(t)
-    bits = t.detach().contiguous().flatten()
-    bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
-    n = len(bits)//1021*1021
-    sums = bits[:n].view(-1, 1021).sum(0)
-    sums[:len(bits) - n] += bits[n:]
-    return sums
+def _bits(t):
+    "A tensor's numbers as whole numbers, so that NaN equals NaN and -0 differs from 0"
+    t = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 def weights_hash(
     net:nn.Module,
 ) -> str: # 64 hexadecimal digits; the same in every session
-    "What tells a network's numbers, parameters and buffers, from any others"
-    named = [*net.named_parameters(), *net.named_buffers()]
-    what = json.dumps([(name, str(t.dtype), list(t.shape)) for name,t in named]).encode()
-    with torch.no_grad(): sums = torch.stack([_bit_sums(t) for _,t in named]).cpu().numpy() if named else np.zeros(0)
-    return hashlib.sha256(what + sums.tobytes()).hexdigest()
+    "SHA-256 of weights and buffers"
+    digest = hashlib.sha256()
+    for name,t in (*net.named_parameters(), *net.named_buffers()):
+        digest.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        digest.update(memoryview(_bits(t).cpu().contiguous().flatten().numpy()).cast('B') if t.numel() else b'')
+    return digest.hexdigest()
+
+
+class _Unknown(Exception): "Something in a network that cannot be compared"
+
+
+def _setting(v):
+    "A setting of a layer as something that `==` compares; functions and classes are themselves"
+    if v is None or isinstance(v, (bool, int, float, str, torch.dtype, torch.device, torch.memory_format)): return type(v), repr(v)
+    if isinstance(v, (tuple, list, set, frozenset)): return type(v), [_setting(i) for i in v]
+    if isinstance(v, dict): return type(v), [(_setting(k), _setting(i)) for k,i in v.items()]
+    if isinstance(v, (type, FunctionType, BuiltinFunctionType)): return v
+    raise _Unknown
+
+
+class _Snapshot:
+    "All that decides what a network computes: layers, their settings and methods, and every bit of its tensors"
+    apart = {'training', '_parameters', '_buffers', '_modules', '_non_persistent_buffers_set', '_compiled_call_impl'}
+    def __init__(self, net):
+        self.settings, self.tensors = [], []
+        for name,m in net.named_modules(remove_duplicate=False):
+            self.settings += [(name, None if m is net else m, type(m), type(m).forward, list(m._modules))]    # a layer itself: no id is used again
+            tensors = [*m._parameters.items(), *m._buffers.items(), *((k, v) for k,v in vars(m).items() if isinstance(v, torch.Tensor))]
+            self.tensors += [t for _,t in tensors if t is not None]
+            self.settings += [(k, None if t is None else (type(t), t.dtype, t.device, t.shape)) for k,t in tensors]
+            for k,v in vars(m).items():
+                if k.endswith('_hooks') and v: raise _Unknown                     # a hook may do anything, and hold the network
+                if k not in self.apart and '_hooks' not in k and not isinstance(v, torch.Tensor): self.settings.append((k, _setting(v)))
+
+    def keep(self):
+        "Copy the tensors, which go on to change"
+        self.tensors = [_bits(t).clone() for t in self.tensors]
+        return self
+
+    def same_as(self,
+        kept, # What `keep` has returned earlier
+    ) -> bool:
+        "Does the network stand as it stood then, to the bit?"
+        if self.settings != kept.settings: return False
+        pairs = [(_bits(a), b) for a,b in zip(self.tensors, kept.tensors)]
+        if all(a.device.type == 'cpu' for a,_ in pairs): return all(torch.equal(a, b) for a,b in pairs)
+        return not torch.stack([(a != b).any() for a,b in pairs]).any()           # a GPU is asked once
 
 
 _kept, _lock = WeakKeyDictionary(), threading.RLock()
-
-
-def _plan(net):
-    "What a network is made of, apart from its numbers"
-    plain = (int, float, bool, str, tuple, type(None))
-    own = lambda m: [(k, repr(v)) for k,v in vars(m).items() if isinstance(v, plain) and k != 'training'] + [id(vars(m).get('forward'))]
-    return [(name, id(m), own(m)) for name,m in net.named_modules()] + [(t.device, t.dtype) for t in (*net.parameters(), *net.buffers())]
 
 
 def _make(net, precision, size):
@@ -176,15 +205,16 @@ def _make(net, precision, size):
 def inference_copy(
     net:nn.Module, # Stays as it is
     precision:str|None='fp32', # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
-    size:int=224, # Side of its input, pixels
+    size:int=224, # Side of an input that it takes, pixels
 ) -> nn.Module: # In eval mode; for `torch.autocast` in 16 bits
-    "A copy for predictions, BN folded: made at the first call, and anew when the network has changed"
+    "A copy for predictions, BN folded: made at the first call, and anew when anything of the network has changed"
     net = _bare(net)
     precision = precision or fast_precision(next(net.parameters()).device)
     _one_of('precision', precision, dtypes)
-    hooked = any(v for m in net.modules() for k,v in vars(m).items() if k.endswith('_hooks'))
-    if hooked: return _make(net, precision, size)                                # a hook may hold the network: nothing is kept
     with _lock:
-        state, kept = (size, weights_hash(net), _plan(net)), _kept.setdefault(net, {})
-        if kept.get(precision, ('',))[0] != state: kept[precision] = state, _make(net, precision, size)
-        return kept[precision][1]
+        try: now = _Snapshot(net)
+        except (_Unknown, RuntimeError, KeyError): return _make(net, precision, size)      # what cannot be compared is not kept
+        was, made = _kept.get(net, (None, {}))
+        if was is None or not now.same_as(was): _kept[net] = now.keep(), (made := {})
+        if precision not in made: made[precision] = _make(net, precision, size)
+        return made[precision]

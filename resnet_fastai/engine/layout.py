@@ -125,43 +125,9 @@ def _finish(tmp, dest, labels, encoding):
     return DataPaths(dest, dest/'labels.json', dest/'encoding.json')
 
 
-def _link(src, dest):
+def link_photo(src, dest):
     dest.parent.mkdir(parents=True, exist_ok=True)
     for way in (os.link, os.symlink, shutil.copy2):
         with suppress(OSError): return way(src.resolve(), dest)
     raise DataError(f"{src} can neither be linked nor copied to {dest}")
 
-
-_split_names = {'train': ('train',), 'val': ('val', 'valid', 'validation'), 'test': ('test',)}
-
-
-def _class_folders(src):
-    "{split: {photo: path below the split}} of class folders"
-    found = {}
-    for split,names in _split_names.items():
-        folder = next((src/n for n in names if (src/n).is_dir()), None)
-        if folder is None and split != 'test': raise DataError(f"{src} has no folder {' or '.join(n + '/' for n in names)}")
-        found[split] = {p: p.relative_to(folder).as_posix() for p in list_photos(folder)} if folder else {}
-        loose = [p for p,rel in found[split].items() if '/' not in rel]
-        if loose and split != 'test': raise DataError(f"{loose[0]} lies in no class folder; move it to {folder/'CLASS'/loose[0].name}")
-        if not found[split] and split != 'test': raise DataError(f"{folder} holds no photos")
-    return found
-
-
-def from_folders(
-    src:str|Path, # Folder with train/CLASS/…, val/CLASS/… (or valid/, validation/) and perhaps test/
-    dest:str|Path, # A new folder
-) -> DataPaths: # dest and its two JSON files
-    "Turn class folders into this project's layout, linking the photos where possible; src is left as it is"
-    src, dest = Path(src), Path(dest)
-    found = _class_folders(src)
-    seen = [rel for rels in found.values() for rel in rels.values()]
-    twice, labels = {r for r in seen if seen.count(r) > 1} if len(set(seen)) < len(seen) else (), {}
-    tmp = _new_folder(dest)
-    try:
-        for split,rels in found.items():
-            for p,rel in rels.items():
-                _link(p, tmp/split/rel)
-                if '/' in rel: labels[f'{split}/{rel}' if rel in twice else rel] = rel.split('/')[0]
-        return _finish(tmp, dest, labels, {c: i for i,c in enumerate(sorted(set(labels.values())))})
-    finally: shutil.rmtree(tmp, ignore_errors=True)

@@ -1,7 +1,10 @@
 """Batches of photos: an order that several processes share, and draws that no number of workers changes."""
+import copy
 import gc
+import multiprocessing
 import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,34 +15,29 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from fastai.data.block import DataBlock
-from fastai.data.core import Datasets, TfmdDL
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.torch_core import num_distrib
 from fastcore.basics import defaults
 from fastprogress.fastprogress import progress_bar
-from torch.utils.data import DataLoader
+from PIL import Image
 
+from .batching import prefetch
 from .files import DataError
-
-
-class _Answers:
-    def __init__(self, ask, photos): self.ask, self.names = ask, np.array([os.fsencode(p) for p in photos])    # compact: workers share it
-    def __len__(self): return len(self.names)
-    def __getitem__(self, i): return self.ask(Path(os.fsdecode(self.names[i])))
-
-
-def _same(x): return x
+from .layout import photo_inputs, PhotoList, PhotoPath
 
 
 def each_photo(
-    ask, # A function of a path, of which processes can have copies
+    ask, # A function of a path; several threads call it
     photos:list, # Paths
-    num_workers:int|None=None, # Processes; None: one a core, none of them for a handful of photos
+    num_workers:int|None=None, # Threads; 0: none; None: one a core
 ) -> Iterator: # The answer for each photo, in their order
     "Ask something of every photo, with a progress bar"
-    num_workers = (defaults.cpus if len(photos) >= 200 else 0) if num_workers is None else num_workers
-    loader = DataLoader(_Answers(ask, photos), batch_size=8, num_workers=num_workers, collate_fn=_same,
-                        generator=torch.Generator())         # of its own: a first reading must not change what training draws
-    yield from progress_bar((answer for some in loader for answer in some), total=len(photos), leave=False)
+    yield from progress_bar(prefetch(ask, map(Path, photos), num_workers, single=True), total=len(photos), leave=False)
+
+
+def forks() -> bool:
+    "Do processes start as copies of this one? Where not, a script needs a guard around its main part to start any"
+    return (multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]) == 'fork'
 
 
 def _equal_parts(n, k): return [n*(i+1)//k - n*i//k for i in range(k)]
@@ -47,6 +45,18 @@ def _equal_parts(n, k): return [n*(i+1)//k - n*i//k for i in range(k)]
 
 class PhotoDL(TfmdDL):
     "A `TfmdDL` whose order is compact, whose draws do not depend on the number of workers, and which several processes can share"
+    def __init__(self,
+        dataset=None,
+        num_workers:int|None=None, # Processes that load photos; None: one a core, 16 at most; threads where processes would need a guard
+        **kwargs
+    ):
+        self.threads = defaults.cpus if num_workers is None and not forks() else 0
+        super().__init__(dataset, num_workers=0 if self.threads else num_workers, **kwargs)
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        if self.threads: kwargs = dict(num_workers=None) | kwargs
+        return super().new(dataset, cls, **kwargs)
+
     rank,world_size,shares,update = 0,1,None,None             # update: photos in an update, which `Accumulate` says; None: what passes at a time
     def photos_in(self) -> list[int]:
         "The number of photos in each batch, all processes together: equal parts of an update, of at most `bs` photos a process"
@@ -66,6 +76,7 @@ class PhotoDL(TfmdDL):
 
     def get_idxs(self):
         "The order of an epoch; of it, this process's share"
+        self.pixel_limit = Image.MAX_IMAGE_PIXELS
         self.epoch_seed = self.rng.getrandbits(64)
         order = np.random.default_rng(self.epoch_seed).permutation(self.n) if self.shuffle else np.arange(self.n)
         ends = np.cumsum([0, *self.photos_in()])
@@ -83,7 +94,25 @@ class PhotoDL(TfmdDL):
         b = iter(b)
         return filter(None, (list(islice(b, n)) for n in self.shares[self.offs::self.num_workers]))
 
-    def wif(self): gc.freeze()                                        # in a worker: the garbage collector writes to what it looks at
+    def wif(self):
+        "In a worker: the garbage collector writes to what it looks at; Pillow's limit is the one of the process that asks"
+        gc.freeze()
+        Image.MAX_IMAGE_PIXELS = self.pixel_limit
+
+    def create_batches(self, samps):
+        if not self.threads: yield from super().create_batches(samps); return
+        own = threading.local()
+        def load(i):
+            if not hasattr(own, 'dl'): own.dl = self._twin()
+            return own.dl.do_item(i)
+        items = prefetch(load, samps, self.threads, 2*self.bs, single=True)
+        yield from map(self.do_batch, self.chunkify(o for o in items if o is not None))
+
+    def _twin(self):
+        "The same loader with transforms of its own, for a thread"
+        twin = copy.copy(self)
+        twin.threads, twin.after_item = 0, copy.deepcopy(self.after_item)
+        return twin
 
     def do_item(self, i):
         drawing = [t for t in self.after_item.fs if hasattr(t, 'rng')]
@@ -114,9 +143,31 @@ def local_rank0_first(
     if not late: dist.barrier(turn)
 
 
+class PhotoLoaders(DataLoaders):
+    "`DataLoaders` that keep what predictions need when they are exported; photos are given as paths, lists or a folder"
+    carried = ('labels', 'stats', 'size')
+    def new_empty(self):
+        new = super().new_empty()
+        for name in self.carried: setattr(new, name, getattr(self, name, None))
+        new.photos = {split: photos[:0] for split,photos in getattr(self, 'photos', {}).items()}
+        return new
+
+    def test_dl(self,
+        test_items, # A photo's path, a folder of photos, or a list of paths
+        **kwargs
+    ):
+        "A loader over other photos, as in validation"
+        items, _ = photo_inputs(test_items)
+        if not isinstance(items, PhotoList): items = [PhotoPath(p) if isinstance(p, (str, Path)) else p for p in items]     # the kind that fastai knows here
+        return super().test_dl(items, **kwargs)
+
+
+class PhotoSets(Datasets): _dbunch_type = PhotoLoaders
+
+
 class PhotoBlock(DataBlock):
     "A `DataBlock` whose first `n_train` items are for training, without a list of their million numbers"
     n_train = 0
     def datasets(self, source, verbose=False):
-        return Datasets(source, tfms=self._combine_type_tfms(), splits=[slice(self.n_train), slice(self.n_train, len(source))],
-                        dl_type=self.dl_type, n_inp=self.n_inp, verbose=verbose)
+        return PhotoSets(source, tfms=self._combine_type_tfms(), splits=[slice(self.n_train), slice(self.n_train, len(source))],
+                         dl_type=self.dl_type, n_inp=self.n_inp, verbose=verbose)

@@ -1,6 +1,6 @@
 """Decode one photo, upright and in RGB, no finer than it is needed."""
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -8,10 +8,11 @@ from stat import S_ISDIR, S_ISREG
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import jpeg_factory
 from fastai.torch_core import show_image
 from simplejpeg import decode_jpeg
 
-from .download import _download, _is_page
+from .download import _download, _is_page, shown_url
 from .files import DataError, PhotoError
 
 
@@ -28,20 +29,13 @@ def _to_rgb(img):
     return img.convert('RGB')
 
 
-def _cut_short(
-    data:bytes, # A JPEG file
-) -> bool:
-    "Does a JPEG end before its picture does?"
-    end = data.rfind(b'\xff\xd9')
-    return end < 0 or data.find(b'\xff\xda', end) >= 0
-
-
 class Photo:
     "A photo that is decoded when it is used, and as finely as it is needed; a `PhotoError` names it where that fails"
     def __init__(self,
         image:str|Path|bytes|Image.Image|np.ndarray, # A file, its http(s) URL, its bytes, a PIL image, or an array (H,W,3) of uint8, RGB
     ):
-        self.name, self.data, self._img = repr(str(image)) if isinstance(image, (str, Path)) else f'this {type(image).__name__}', None, None
+        self.name, self.data, self._img = f'this {type(image).__name__}', None, None
+        if isinstance(image, (str, Path)): self.name = repr(shown_url(str(image)) if '://' in str(image) else str(image))
         if isinstance(image, Image.Image): self._img = image
         elif isinstance(image, np.ndarray): self._img = self._of_array(image)
         elif isinstance(image, (bytes, bytearray, memoryview)): self.data = bytearray(image)
@@ -62,20 +56,21 @@ class Photo:
         except PhotoError: raise
         except FileNotFoundError: raise PhotoError(f"{self.name} does not exist") from None
         except Image.DecompressionBombError as e:
-            raise PhotoError(f"{self.name} is too large to be a photo: {e} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it.") from None
-        except Exception as e: raise PhotoError(f"{self.name} cannot be read as a photo: {_reason(e, self.name)}") from None
+            raise PhotoError(f"{self.name} is too large to be a photo: {e} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it, in the shell "
+                             "--max-pixels.") from None
+        except Exception as e: raise PhotoError(f"{self.name} cannot be read as a photo: {_reason(e, self.data)}") from None
 
     def _read(self, path):
         with self._named():
             mode = os.stat(path).st_mode
             if not S_ISREG(mode): raise PhotoError(f"{self.name} is a {'folder' if S_ISDIR(mode) else 'pipe or a device'}, not a photo")
-            with open(path, 'rb') as f: return bytearray(f.read())
+            with open(path, 'rb', buffering=0) as f: return _whole(f, path)
 
     def _fetched(self, url, limit=64<<20, seconds=60):
-        if not url.lower().startswith(('http://', 'https://')): raise PhotoError(f"{url} starts with neither http:// nor https://")
+        if not url.lower().startswith(('http://', 'https://')): raise PhotoError(f"{shown_url(url)} starts with neither http:// nor https://")
         try: _download(url, out := BytesIO(), limit, seconds)
         except DataError as e: raise PhotoError(str(e)) from None
-        if _is_page(out.getvalue()): raise PhotoError(f"{url} gave a web page, not a photo; open it in a browser, and copy the photo's own address")
+        if _is_page(out.getvalue()): raise PhotoError(f"{shown_url(url)} gave a web page, not a photo; open it in a browser, and copy the photo's own address")
         return bytearray(out.getbuffer())
 
     def _of_array(self, a):
@@ -89,7 +84,7 @@ class Photo:
     def _open(self):
         "The PIL image, its header read and its pixels not yet"
         if self._img is None:
-            self._img = Image.open(BytesIO(self.data))
+            self._img = _header(self.data)
             if self._img.format == 'TIFF': self._img.load()               # Pillow turns these by itself, as it loads them
         w,h = self._img.size
         if not 0 < max(w, h) <= 300*min(w, h): raise PhotoError(f"{self.name} is {w:,}×{h:,} pixels: a strip, not a photo")
@@ -107,37 +102,78 @@ class Photo:
         w,h = self._open().size
         try: rgb = decode_jpeg(self.data, 'RGB', min_height=-(-h//f), min_width=-(-w//f), min_factor=f)
         except ValueError as e:
+            if str(e).startswith('Premature end of JPEG'): raise PhotoError(f"{self.name} is cut short: a JPEG without its end; fetch it again") from None
             if 'remature' in str(e): raise PhotoError(f"{self.name} is damaged: a part of its picture is missing") from None
             return None
         return _upright(torch.from_numpy(rgb).permute(2,0,1), _turned(self._open()))
 
+    def _divisor(self, side):
+        "By how much a JPEG is divided: as far as `side` allows, and by 2 where it has more pixels than Pillow takes"
+        w,h = self._open().size
+        if w*h > 4*_limit(): raise Image.DecompressionBombError(f"Its {w*h:,} pixels are more than 4 times the limit.")
+        f = next((f for f,spare in ((8, 1.5), (4, 1.125), (2, 1.125)) if side and min(w, h) >= f*spare*side), 1)
+        return max(f, 1 if w*h <= _limit() else 2)
+
     def pixels(self,
         side:int|None=None, # Pixels that the short side must keep; None: all
     ) -> tuple: # (RGB: (3,H,W) uint8 tensor or PIL image, at a scale of 1, 1/2, 1/4 or 1/8; that scale's divisor)
-        "The upright photo, decoded no finer than needed"
+        "The upright photo, decoded no finer than needed; a JPEG with more pixels than Pillow takes at 1/2 or less"
         with self._named():
             img = self._open()
-            if self.data is not None and img.format in ('JPEG', 'MPO'):
-                if _cut_short(self.data): raise PhotoError(f"{self.name} is cut short: a JPEG without its end; fetch it again")
-                f = next((f for f,spare in ((8, 1.5), (4, 1.125), (2, 1.125)) if side and min(img.size) >= f*spare*side), 1)
-                if img.mode in ('RGB', 'L') and (rgb := self._jpeg(f)) is not None: return rgb, f
-            if self.data is not None: self._img = None                     # used up: the next one reads the header again
-            return _to_rgb(ImageOps.exif_transpose(img)), 1
+            if self.data is not None and img.format in ('JPEG', 'MPO') and img.mode in ('RGB', 'L'):
+                f = self._divisor(side)
+                if (rgb := self._jpeg(f)) is not None: return rgb, f
+            if self.data is not None:
+                self._img = None                                           # used up: the next one reads the header again
+                if (n := img.width*img.height) > _limit(): raise Image.DecompressionBombError(f"Its {n:,} pixels are more than the limit.")
+            try: return _to_rgb(ImageOps.exif_transpose(img)), 1
+            except OSError as e:
+                if img.format in ('JPEG', 'MPO') and 'truncated' in str(e).lower():
+                    raise PhotoError(f"{self.name} is cut short: a JPEG without its end; fetch it again") from None
+                raise
 
     def show(self, ctx=None, **kwargs): return show_image(open_photo(self), ctx=ctx, **kwargs)
 
 
-def _reason(e, name):
+def _limit():
+    "Pixels above which Pillow refuses a picture"
+    return 2*Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else float('inf')
+
+
+def _whole(
+    f, # A file, just opened, without a buffer
+    path, # Its name
+    large:int=64<<20, # Bytes from which on it must first look like a picture
+) -> bytearray:
+    "All of a file, read once; a large one only if Pillow knows its beginning"
+    if (size := os.fstat(f.fileno()).st_size) > large:
+        with Image.open(path): pass
+    if not size: return bytearray(f.read())                           # some file systems do not know sizes
+    data, done = bytearray(size), 0
+    while done < size and (n := f.readinto(memoryview(data)[done:])): done += n
+    return data if done == size else data[:done]
+
+
+def _header(data):
+    "The PIL image of a file's bytes; JPEGs without Pillow's limit, since they can be decoded at 1/8"
+    if data[:3] == b'\xff\xd8\xff':
+        with suppress(Exception): return jpeg_factory(BytesIO(data))
+    return Image.open(BytesIO(data))
+
+
+def _reason(e, data):
     if isinstance(e, Image.UnidentifiedImageError):
-        if name.lower().endswith((".heic'", ".heif'")): return 'Pillow opens HEIC only after pillow_heif.register_heif_opener()'
+        if data is not None and data[4:8] == b'ftyp' and data[8:12] in (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1'):
+            return 'it is a HEIC file, which Pillow opens only after pillow_heif.register_heif_opener()'
         return 'not an image, or damaged'
     return getattr(e, 'strerror', None) or str(e) or type(e).__name__
 
 
 def _turned(img):
-    "EXIF's orientation, 1 to 8; from 5 on the sides change places"
+    "EXIF's orientation, 1 to 8; from 5 on the sides change places. What is none of these counts as 1, as for Pillow"
     if img.format == 'JPEG' and not {'exif', 'xmp'} & img.info.keys(): return 1       # the usual case, without asking Pillow
-    return img.getexif().get(0x0112, 1)
+    found = img.getexif().get(0x0112, 1)
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 _flips = {2: (2,), 3: (1,2), 4: (1,), 6: (2,), 7: (1,2), 8: (1,)}    # by orientation; from 5 on rows and columns are exchanged first

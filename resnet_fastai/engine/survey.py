@@ -38,7 +38,7 @@ def _moments(path):
 
 def scan_photos(
     paths:list, # Photos
-    num_workers:int|None=None, # Processes; None: one a core, none of them for a handful of photos
+    num_workers:int|None=None, # Threads; 0: none; None: one a core
 ) -> tuple: # ((4,4,n) moments, zeros where a photo is bad; {place: why it cannot be read})
     "Decode every photo once, with a progress bar: its colour moments, and which ones are bad"
     moments, bad = np.zeros((len(paths), 4, 4)), {}

@@ -6,8 +6,8 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/practice/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Json', 'demo_args', 'Data', 'Labels', 'Encoding', 'OnBad', 'Precision', 'Split', 'Protocol', 'Format',
-           'LogStream', 'plain', 'table', 'answering', 'records', 'main', 'stoppable', 'demo', 'check', 'stats',
-           'resume']
+           'limits', 'LogStream', 'plain', 'table', 'answering', 'records', 'main', 'stoppable', 'demo', 'check',
+           'stats', 'resume']
 
 # %% ../../nbs/practice/cli.ipynb #3e01629a
 import csv
@@ -40,6 +40,16 @@ app = typer.Typer(help='Deep residual learning on your own photos: the ResNet pa
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Json = Annotated[bool, typer.Option('--json', help='One JSON document on stdout instead of text')]
+
+@app.callback()
+def limits(
+    max_pixels: Annotated[Optional[int], typer.Option(min=1, envvar='RESNET_FASTAI_MAX_PIXELS', help='Read photos of up to so many pixels; '
+        "without it Pillow's 178,956,970, and JPEGs of four times as many")] = None,
+):
+    "Deep residual learning on your own photos: the ResNet paper from a shell."
+    if max_pixels:
+        from PIL import Image
+        Image.MAX_IMAGE_PIXELS = -(-max_pixels//2)            # Pillow refuses at twice this
 
 # %% ../../nbs/practice/cli.ipynb #9c92dd8d
 class LogStream:

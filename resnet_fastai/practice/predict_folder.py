@@ -5,8 +5,10 @@ import importlib.util
 import io
 import json
 import os
+import re
 import time
 import zlib
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -15,15 +17,28 @@ import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
 from ..engine.fast_net import _bare, weights_hash
-from ..engine.files import _one_of, DataError, PhotoError, atomic_write, write_json
+from ..engine.files import _one_of, DataError, PhotoError, atomic_write, quote, write_json
 from ..engine.layout import list_photos, PhotoList
 from ..engine.splits import model_parts
 from ..inference import _answers, protocols
 
 
+_formula, _number = re.compile(r"'*[=+\-@\t\r]"), re.compile(r'[-+]?[0-9.]+(e[-+]?[0-9]+)?')
+
+
+def _harmless(cell):
+    "A cell with ' in front where a spreadsheet would take it for a formula"
+    return f"'{cell}" if _formula.match(cell) and not _number.fullmatch(cell) else cell
+
+
+def _as_it_was(cell):
+    "A cell of a file without the ' that `_harmless` has put there"
+    return cell[1:] if cell[:1] == "'" and _harmless(cell[1:]) == cell else cell
+
+
 def _line(row):
     "A row as CSV; names in the disk's bytes, what is neither these nor Unicode with escapes"
-    csv.writer(text := io.StringIO(), lineterminator='\r\n').writerow(row)
+    csv.writer(text := io.StringIO(), lineterminator='\r\n').writerow(map(_harmless, row))
     line = text.getvalue()[:-2] + '\n'                                           # with '\r\n' given, a name with either of them is quoted
     try: return line.encode('utf-8', 'surrogateescape')
     except UnicodeEncodeError: return line.encode('utf-8', 'backslashreplace')
@@ -78,10 +93,10 @@ class ResumableCSV:
         if self.dest.stat().st_size != self.length: raise self._changed()        # by the same command, started twice, for example
         self._append(b''.join(map(_line, rows)))
 
-    def ids(self):
-        "The first column, without the header"
+    def ids(self) -> Counter:
+        "The first column, without the header: how often each id is there"
         with open(self.dest, encoding='utf-8', errors='surrogateescape', newline='') as f:
-            return {row[0] for i,row in enumerate(csv.reader(f)) if i}
+            return Counter(_as_it_was(row[0]) for i,row in enumerate(csv.reader(f)) if i)
 
 
 def _columns(n): return ['id', *(f'{what}_{i}' for i in range(1, n+1) for what in ('label', 'prob')), 'error']
@@ -99,8 +114,9 @@ def _table(rows, n):
     "A frame of rows, or of a CSV file of them (whole, or an iterator over parts)"
     floats = {f'prob_{i}': 'float32' for i in range(1, n+1)}
     if not isinstance(rows, list):
-        return pd.read_csv(rows, dtype={c: floats.get(c, object) for c in _columns(n)}, na_values={c: [''] for c in floats},
-                           keep_default_na=False, encoding_errors='surrogateescape')
+        frame = pd.read_csv(rows, dtype={c: floats.get(c, object) for c in _columns(n)}, na_values={c: [''] for c in floats},
+                            keep_default_na=False, encoding_errors='surrogateescape')
+        return frame.assign(**{c: frame[c].map(_as_it_was).astype(object) for c in frame if c not in floats})
     frame = pd.DataFrame(rows, columns=_columns(n), dtype=object)             # pyarrow's strings refuse names that are not UTF-8
     return frame.assign(**{c: pd.to_numeric(frame[c]).astype('float32') for c in floats})
 
@@ -111,7 +127,7 @@ def _write_parquet(rows, dest, n, block=10_000):
     schema = pa.schema([(c, pa.float32() if c.startswith('prob_') else pa.string()) for c in _columns(n)])
     with atomic_write(dest) as part, pq.ParquetWriter(part, schema) as out, open(rows, encoding='utf-8', errors='backslashreplace', newline='') as f:
         reader, _ = (r := csv.reader(f)), next(r)
-        while some := [row for _,row in zip(range(block), reader)]:
+        while some := [[*map(_as_it_was, row)] for _,row in zip(range(block), reader)]:
             out.write_table(pa.Table.from_pandas(_table(some, n), schema, preserve_index=False))
 
 
@@ -125,7 +141,7 @@ def _named_photos(photos):
         return PhotoList(photos, [os.fsencode(below(p)) for p in paths]), below, os.path.abspath(photos)
     photos = photos if isinstance(photos, PhotoList) else list(photos)
     if (wrong := next((p for p in photos if not isinstance(p, (str, Path))), None)) is not None:
-        raise DataError(f"{wrong!r:.80} is not a path; pass a folder, or a list of paths")
+        raise DataError(f"{quote(wrong)} is not a path; pass a folder, or a list of paths")
     texts = photos.texts() if isinstance(photos, PhotoList) else photos
     return photos, str, None if all(map(os.path.isabs, texts)) else os.getcwd()
 
@@ -140,7 +156,7 @@ def predict_folder(
     model, # A `ResNet`, or a learner over `resnet_dls`
     photos:str|Path|list, # A folder, searched to the bottom, or a list of paths
     dest:str|Path|None=None, # A .csv or .parquet file, made or gone on with; None: rows stay in memory
-    n:int=5, # How many labels
+    n:int|None=None, # How many labels; None: 5, or all where the model knows fewer
     protocol:str='50crop', # '1crop', '10crop', '50crop' or 'dense'
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
     num_workers:int|None=None, # Threads that decode photos; None: one a core
@@ -149,19 +165,30 @@ def predict_folder(
     "The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too)"
     parts = model_parts(model)
     _one_of('protocol', protocol, protocols)
-    if type(n) is not int or not 1 <= n <= (known := len(parts.labels)):
+    known = len(parts.labels)
+    if n is None: n = min(5, known)
+    if type(n) is not int or not 1 <= n <= known:
         raise DataError(f"n is {n!r}; this model knows {known} labels, so it must be from 1 to {known}")
     untrained = isinstance(history := getattr(model, 'history', None), pd.DataFrame) and history.empty
     if untrained and 'origin' not in getattr(getattr(model, 'trained', None), 'training', {}):
         raise DataError("this model has not been trained; call fit() first, or load a saved model")
     photos,name,folder = _named_photos(photos)
     rows = _open_rows(dest, n, _origin(parts, n, protocol, folder)) if dest is not None else None
-    done = rows.ids() if rows else set()
-    todo = [i for i in range(len(photos)) if name(photos[i]) not in done] if done else range(len(photos))
+    todo = _left(photos, name, rows.ids() if rows else Counter())
     some = _work(parts, photos, todo, name, n, (protocol, precision, num_workers, bs), rows) if todo else []
     if rows is None: return _table(some, n)
     if str(dest).endswith('.parquet') and not _newer(dest, rows.dest): _write_parquet(rows.dest, dest, n)
     return _table(rows.dest, n)
+
+
+def _left(photos, name, done):
+    "The places of photos without a row; one that is named twice has two"
+    if not done: return range(len(photos))
+    left = []
+    for i in range(len(photos)):
+        if done[key := name(photos[i])]: done[key] -= 1
+        else: left.append(i)
+    return left
 
 
 def _newer(a, b): return os.path.exists(a) and os.stat(a).st_mtime_ns > os.stat(b).st_mtime_ns

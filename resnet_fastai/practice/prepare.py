@@ -17,9 +17,10 @@ import pandas as pd
 from PIL import Image
 
 from ..augment import resize_short
-from ..data import LabelMap, _read_map, resolve_data
-from ..engine.files import DataError, PhotoError, read_json_object, atomic_write, write_json
-from ..engine.layout import _link, _scan, list_photos, split_photos, splits
+from ..data import LabelMap, resolve_data
+from ..engine.files import DataError, PhotoError, quote, read_json_object, atomic_write, write_json
+from ..engine.label_files import alike, as_label, read_encoding, read_ids
+from ..engine.layout import _scan, link_photo, list_photos, split_photos, splits
 from ..engine.loader import each_photo
 from ..engine.photo import Photo, open_photo
 
@@ -37,26 +38,29 @@ def _reading_problems(split, path, wrong, size):
     elif min(size) < 32 or max(size) > 10*min(size): yield 'suspicious size', split, path, f'{size[0]}×{size[1]} pixels'
 
 # %% ../../nbs/practice/prepare.ipynb #247eb858
-def _label_problems(photos, labels, encoding):
-    find, claimed = LabelMap(dict.fromkeys(labels, next(iter(encoding))), encoding).find_id, {}
+def _label_problems(photos, pairs, encoding):
+    labels, claimed = dict(reversed(pairs)), {}
+    find = LabelMap(dict.fromkeys(labels, next(iter(encoding))), encoding).find_id
     for split,path in ((s, p) for s,paths in photos.items() for p in paths):
         if (i := find(path)) is None:
             if split != 'test': yield 'no label', split, path, 'no id fits'
             continue
-        if claimed.setdefault(i, path) is not path: yield 'duplicate id', split, path, f"the id {i!r} also fits {claimed[i]}"
-        if not isinstance(labels[i], str) or labels[i] not in encoding: yield 'unknown label', split, path, f"{labels[i]!r} has no index"
+        if claimed.setdefault(i, path) is not path: yield 'duplicate id', split, path, f"the id {quote(i)} also fits {claimed[i]}"
+        if as_label(labels[i]) not in encoding: yield 'unknown label', split, path, f"{quote(labels[i])} has no index"
     yield from (('no photo', '', i, 'a label for a photo that is not there') for i in labels if i not in claimed)
+    yield from (('two labels', '', i, f'{quote(l)} and {quote(labels[i])}') for i,l in pairs if as_label(l) != as_label(labels[i]))
+    used = {*encoding, *filter(None, (as_label(l) for l in labels.values()))}
+    yield from (('labels alike', '', a, f'{quote(a)} and {quote(b)} differ only in case or space') for a,b in alike(used))
 
 # %% ../../nbs/practice/prepare.ipynb #2229b439
 def check_data(
     data_path:str|Path, # Folder with train/ and val/ (test/ may be there), or the URL of an archive of one
     label_path:str|Path, # JSON {image id: label}, or a DataFrame of two columns
     label_encoding:str|Path, # JSON {label: index}, or a DataFrame of two columns
-    num_workers:int|None=None, # Processes; None: one a core
+    num_workers:int|None=None, # Threads; None: one a core
 ) -> pd.DataFrame: # A row for each problem: problem, split, photo, detail
     "Read every photo and match every label; what is wrong, before training finds out"
-    (labels,_), (encoding,_) = _read_map(label_path, 'the labels'), _read_map(label_encoding, 'the encoding')
-    LabelMap({}, encoding)                                            # what is wrong with the encoding itself is said at once
+    (pairs,_), (encoding,_) = read_ids(label_path), read_encoding(label_encoding)
     root, seen, rows = resolve_data(data_path), {}, []
     photos = split_photos(root)
     of, paths = [s for s in splits for _ in photos[s]], photos['train'] + photos['val'] + photos['test']
@@ -64,7 +68,7 @@ def check_data(
         rows += _reading_problems(split, path, wrong, size)
         if digest and (first := seen.setdefault(digest, (split, path)))[0] != split:
             rows.append(('same photo in two splits', split, path, f'also {first[1]}'))
-    rows += _label_problems(photos, labels, encoding)
+    rows += _label_problems(photos, pairs, encoding)
     rows += [('no photo by its name', s, p, 'left out') for s in splits if (root/s).is_dir() for p in sorted(_scan(root/s, photos=False))]
     print(f'{len(paths):,} photos read, {len(rows):,} problems')
     short = lambda o: str(o).replace(os.path.join(root, ''), '')
@@ -91,7 +95,7 @@ def _shrink(path, root, dest, side, quality):
     except PhotoError as e: said = str(e)
     else: said = 'linked'
     out.unlink(missing_ok=True)
-    _link(path, out)
+    link_photo(path, out)
     return said
 
 # %% ../../nbs/practice/prepare.ipynb #3ed0dead
@@ -110,7 +114,7 @@ def shrink_photos(
     dest:str|Path, # A new folder, or one that an earlier call has begun
     short_side:int=480, # Photos whose shorter side is longer are resized to it, pixels; 480 is all that training looks at, 640 all that 50 crops do
     quality:int=95, # Of the JPEG files, 1 to 100
-    num_workers:int|None=None, # Processes; None: one a core
+    num_workers:int|None=None, # Threads; None: one a core
 ) -> Path: # dest: the same names, ready to train on
     "Write large photos anew at the size that training needs; whatever is small, or cannot be read, is linked as it is"
     for name,value,most in ('short_side', short_side, 65_535), ('quality', quality, 100):
@@ -120,7 +124,7 @@ def shrink_photos(
     paths = list_photos(root)
     fates = list(each_photo(partial(_shrink, root=root, dest=dest, side=short_side, quality=quality), paths, num_workers))
     for p in root.glob('*.json'):
-        if not (dest/p.name).exists(): _link(p, dest/p.name)
+        if not (dest/p.name).exists(): link_photo(p, dest/p.name)
     bad = [f for f in fates if f not in ('shrunk', 'linked', 'kept')]
     print(f"{len(paths):,} photos: " + ', '.join(f"{fates.count(w):,} {w}" for w in ('shrunk', 'linked', 'kept'))
           + (f", {len(bad):,} that cannot be read linked as they are (first: {bad[0].replace(os.path.join(root, ''), '')})" if bad else ''))

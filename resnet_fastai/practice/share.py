@@ -22,6 +22,7 @@ import zipfile
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 import fastai
@@ -305,7 +306,8 @@ def _understood(folder):
     c = _read_config(folder/'config.json')
     _check_config(c)
     weights = _read_weights(folder/'model.safetensors', c)
-    _need(int(re.sub(r'\D', '', c['arch'])[:9] or 0) <= len(weights), f"there is no network {c['arch'][:40]!r} with {len(weights)} tensors")
+    depth, weight = int(re.sub(r'\D', '', c['arch'])[:9] or 0), sum(w.nbytes for w in weights.values())
+    _need(depth <= len(weights) and 8192*(depth - 2) <= weight, f"there is no network {c['arch'][:40]!r} with {len(weights)} tensors")
     net = _shell(c['arch'], c['n_out'], c['net_args'])
     if wrong := _misfit(weights, net): raise ValueError(f"model.safetensors does not fit {c['arch']}: {wrong}")
     labels = LabelMap({}, c['encoding'])
@@ -321,7 +323,7 @@ def load_model(
     "Load a saved model; runs no code of the files'. A `DataError` where anything is missing, damaged or impossible"
     folder = Path(folder)
     try:
-        for name in ('config.json', 'model.safetensors'): os.stat(folder/name)
+        for name in ('config.json', 'model.safetensors'): _need(S_ISREG(os.stat(folder/name).st_mode), f"{name} is not a file")
         return _understood(folder)
     except OSError as e: raise DataError(f"{folder} holds no saved model: {e.filename or folder}: {e.strerror or e}") from None
     except _strange as e:

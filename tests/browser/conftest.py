@@ -2,9 +2,13 @@
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from patience import still  # noqa: E402
 
 root = Path(__file__).resolve().parents[2]
 shots = Path(os.environ.get('SCREENSHOTS') or root/'build'/'screenshots')
@@ -27,6 +31,7 @@ class Visit:
     "A page, and what went wrong in it: errors, failed requests, requests to other hosts"
     def __init__(self, browser, name, **kwargs):
         self.context, self.name, self.wrong = browser.new_context(**kwargs), name, []
+        self.context.set_default_timeout(1000*still)                    # what a click waits for may be slow, on a busy machine
         self.page = self.context.new_page()
         self.page.on('pageerror', lambda e: self.wrong.append(f'{self.page.url}: {e}'))
         self.page.on('response', lambda r: r.status >= 400 and self.wrong.append(f'{r.status}: {r.url}'))

@@ -1,20 +1,25 @@
 "JupyterLab as a reader uses it: a chapter is opened, Run All is clicked, figures appear, a widget answers."
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from patience import until, used
+
 from resnet_fastai.engine.demo_photos import draw_photo
 
 root = Path(__file__).resolve().parents[2]
+
+
+class Address(str): "Of a server, with the number of its process"
 
 
 @pytest.fixture(scope='module')
@@ -35,25 +40,31 @@ def lab(browser, tmp_path_factory):
            f'--ServerApp.root_dir={tmp/"nbs"}', '--LabApp.news_url=', '--LabApp.extension_manager=readonly',
            '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', *(['--allow-root'] if os.geteuid() == 0 else [])]
     server = subprocess.Popen(cmd, env=env, stdout=log, stderr=subprocess.STDOUT)
-    at, end = f'http://127.0.0.1:{port}', time.monotonic() + 60
-    while True:
-        try: urllib.request.urlopen(f'{at}/api/status?token=t', timeout=5); break
-        except OSError:
-            assert server.poll() is None and time.monotonic() < end, (tmp/'log').read_text()[-2000:]
-            time.sleep(.25)
+    at = Address(f'http://127.0.0.1:{port}')
+    at.pid = server.pid
+
+    def answers():
+        assert server.poll() is None, (tmp/'log').read_text()[-2000:]
+        try: return urllib.request.urlopen(f'{at}/api/status?token=t', timeout=5)
+        except OSError: return None
+    until(answers, every=.25)
     yield at
     server.terminate()
-    server.wait(20)
+    server.wait()
     log.close()
 
 
 def open_notebook(v, lab, path):
     v.page.goto(f'{lab}/lab/workspaces/{Path(path).stem}/tree/{path}?token=t')
-    v.page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=60_000)
-    v.page.wait_for_selector('#jp-main-statusbar >> text=/\\(ipykernel\\) \\| Idle/', timeout=60_000)    # the notebook's own sign says idle too soon
+    v.page.wait_for_selector('.jp-Notebook .jp-CodeCell')
+    v.page.wait_for_selector('#jp-main-statusbar >> text=/\\(ipykernel\\) \\| Idle/')             # the notebook's own sign says idle too soon
 
 
-def idle(v, seconds): v.page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status == 'idle'", timeout=1000*seconds)
+def ended(v):
+    "Is the kernel idle again, with a number for every cell, or an error?"
+    prompts = v.page.eval_on_selector_all('.jp-CodeCell .jp-InputPrompt', 'all => all.map(p => p.innerText.trim())')
+    idle = v.page.evaluate("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status == 'idle'")
+    return idle and (all(re.fullmatch(r'\[\d+\]:', p) for p in prompts) or v.page.locator(wrong).count())
 
 
 def menu(v, name, command):
@@ -65,15 +76,14 @@ figures = '.jp-OutputArea img[src^="data:image/"]'
 wrong = '.jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]'
 
 
-def run_all(v, seconds):
+def run_all(v, lab):
     "Every output is cleared and made again; the number of figures that can be seen"
     before = v.page.locator(figures).count()
     menu(v, 'Edit', 'editmenu:clear-all')
     v.page.wait_for_function(f"document.querySelectorAll('{figures}').length == 0")
     v.page.evaluate('window.same = true')                                           # until the page is loaded again
     menu(v, 'Run', 'runmenu:run-all')
-    v.page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status == 'busy'", timeout=30_000)
-    idle(v, seconds)
+    until(lambda: ended(v), lambda: used(lab.pid), every=.5)
     assert not v.page.locator(wrong).count(), v.page.locator(wrong).first.inner_text()[-2000:]
     prompts = v.page.eval_on_selector_all('.jp-CodeCell .jp-InputPrompt', 'all => all.map(p => p.innerText.trim())')
     assert prompts == [f'[{i}]:' for i in range(1, len(prompts) + 1)] and v.page.evaluate('window.same')
@@ -85,18 +95,18 @@ def run_all(v, seconds):
 def test_a_chapter(lab, visit):
     v = visit(1300, 1500)
     open_notebook(v, lab, '02_augment.ipynb')
-    assert run_all(v, 170) >= 3
+    assert run_all(v, lab) >= 3
 
 
 def test_your_photos_and_its_upload_box(lab, visit, tmp_path):
     v = visit(1300, 1500)
     open_notebook(v, lab, 'practice/your_photos.ipynb')
-    assert run_all(v, 280) >= 4
+    assert run_all(v, lab) >= 4
     draw_photo('rings', np.random.default_rng(3)).save(tmp_path/'mine.jpg')
     box = v.page.locator('.jupyter-widgets.widget-upload').last
     with v.page.expect_file_chooser() as chosen: box.click()
     chosen.value.set_files(tmp_path/'mine.jpg')
-    v.page.wait_for_function("[...document.querySelectorAll('img.widget-image')].some(i => i.naturalWidth > 100)", timeout=60_000)
+    v.page.wait_for_function("[...document.querySelectorAll('img.widget-image')].some(i => i.naturalWidth > 100)")
     assert v.page.locator('.widget-label', has_text='mine.jpg').count() == 1
     assert not v.page.locator(wrong).count()
     box.scroll_into_view_if_needed()
