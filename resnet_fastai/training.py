@@ -26,9 +26,11 @@ from fastai.imports import noop
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import l2_reg, Optimizer, SGD
 from fastai.torch_core import maybe_gather
+from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .engine.checkpoint import Checkpoint, ResumableLearner
+from .engine.cuda_graph import CudaGraph
 from .engine.files import DataError
 from .engine.finite import FiniteLoss
 from .engine.precision import fast_precision, Precision
@@ -267,6 +269,14 @@ class History(Callback):
     @property
     def df(self): return pd.DataFrame(self.rows)
 
+# %% ../nbs/04_training.ipynb #7be41d55
+Accumulate.on_graph,RateDrop.on_graph,WarmUp.on_graph,History.on_graph = 'capture','replay','replay','log'
+
+@patch
+def after_replays(self:History, iters, losses, wrong, seen):
+    "Count photos of updates from a CUDA graph"
+    self.wrong,self.seen = self.wrong + wrong,self.seen + seen
+
 # %% ../nbs/04_training.ipynb #bcf101b9
 def resnet_learner(
     dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos, classes and a `vocab`
@@ -281,6 +291,7 @@ def resnet_learner(
     precision:str|None=None, # Of the convolutions: 'fp32', 'bf16' or 'fp16'; None: 'bf16' where the hardware computes in it
     channels_last:bool|None=None, # The colours of a pixel side by side in memory; None: on a CPU, and in 16 bits
     compile:bool=False, # Let PyTorch compile the network: a slow first batch, faster ones later
+    graph:bool=False, # Replay updates from a CUDA graph: for small networks on a GPU
     cbs=None, # More fastai callbacks
     metrics=None, # More metrics, beside `top1_error` and `top5_error`
     loss_func=None, # None: `CrossEntropyLossFlat()`
@@ -301,6 +312,7 @@ def resnet_learner(
     net = build_net(arch, n_out=len(dls.vocab), **kwargs)
     if channels_last: net = net.to(memory_format=torch.channels_last)
     if compile: net.compile()                               # in place: the names of the weights stay
+    if graph: cbs.append(CudaGraph())
     learn = ResumableLearner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,
                              lr=default_lr(bs) if lr is None else lr, metrics=metrics, wd_bn_bias=decay != 'weights', cbs=cbs)
     learn.decay,learn.spec = decay,dict(arch=arch, **kwargs) | ({} if learn.precision.kind == 'fp32' else dict(precision=learn.precision.kind))

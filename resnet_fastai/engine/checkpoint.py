@@ -390,6 +390,7 @@ class Checkpoint(Callback):
         best:bool=False, # Is it the best so far?
     ):
         "Write a checkpoint; a `DataError` where that fails, a `LossError` where the weights are no numbers"
+        if hasattr(self.learn, 'cuda_graph'): self.learn.cuda_graph.flush()     # its losses are logged on the device
         if not all(torch.isfinite(v).all() for v in _net(self.learn).state_dict().values()):
             lr = self.opt.hypers[-1]['lr']
             raise LossError(f"the weights are no numbers any more after epoch {epoch}, batch {batch}, at the rate {lr:.4g}. "
