@@ -6,17 +6,13 @@ Docs: https://resnet-fastai.github.io/resnet_fastai/training.html.md"""
 
 # %% auto #0
 __all__ = ['paper_sgd', 'caffe_velocity', 'caffe_step', 'caffe_sgd', 'Accumulate', 'top1_error', 'top5_error', 'default_lr',
-           'RateDrop', 'PlateauLR', 'MultiStepLR', 'WarmUp', 'History', 'resnet_learner', 'plot_history']
+           'RateDrop', 'PlateauLR', 'MultiStepLR', 'WarmUp', 'resnet_learner']
 
 # %% ../nbs/04_training.ipynb #9c4cc2fc
-import time
 from functools import partial
 from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401  the progress bar of every fit
-import fastai.callback.schedule  # noqa: F401  learn.lr_find
-import matplotlib.pyplot as plt
-import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.schedule import ParamScheduler
@@ -26,15 +22,16 @@ from fastai.imports import noop
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import l2_reg, Optimizer, SGD
 from fastai.torch_core import maybe_gather
-from fastcore.basics import patch
 from fastcore.foundation import L
 
+from .engine.arguments import check_learner
 from .engine.checkpoint import Checkpoint, ResumableLearner
 from .engine.cuda_graph import CudaGraph
 from .engine.files import DataError
 from .engine.fine_tuning import FrozenBN, stage_groups
 from .engine.finite import FiniteLoss
-from .engine.precision import fast_precision, Precision
+from .engine.history import History, plot_history
+from .engine.precision import Precision, precision_and_layout
 from .engine.weight_sources import read_weights
 from .engine.weights import start_from
 from .model import build_net
@@ -63,31 +60,35 @@ def caffe_sgd(
 
 # %% ../nbs/04_training.ipynb #5eaca6c8
 class Accumulate(Callback):
-    "One optimiser step per `bs` photos, from the gradients of several micro-batches; their mean, exactly"
-    order,run_valid = -12,False                          # first: no other callback acts on the gradients of a part of an update
+    "One optimiser step per `bs` photos: the exact mean of several micro-batches' gradients"
+    order,run_valid = -12,False           # first: no callback sees gradients of a part of an update
+    on_graph = 'capture'
     def __init__(self,
         bs:int=256, # Photos in an update
     ): self.bs = bs
 
     def before_fit(self):
         if any(isinstance(cb, GradientAccumulation) for cb in self.cbs):
-            raise DataError(f"GradientAccumulation would scale the gradients twice: the learner accumulates {self.bs} photos already; pass bs=…")
+            raise DataError("GradientAccumulation would scale the gradients twice: the learner "
+                            f"accumulates {self.bs} photos already; pass bs=…")
 
     def before_train(self):
         dl = self.dls.train
-        self.count,self.world_size,at_once = 0,getattr(dl, 'world_size', 1),getattr(dl, 'bs', getattr(dl, 'batch_size', None))
-        if hasattr(dl, 'photos_in'): dl.update = self.bs # a `PhotoDL` gives each update its photos, whatever passes at a time
+        self.count,self.world_size = 0,getattr(dl, 'world_size', 1)
+        at_once = getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+        if hasattr(dl, 'photos_in'): dl.update = self.bs           # a `PhotoDL` cuts updates itself
         elif len(dl) > 1 and at_once and self.bs % at_once:
-            raise DataError(f"an update of bs={self.bs} photos is no multiple of the loader's {at_once}; make the loaders with a divisor of bs")
+            raise DataError(f"an update of bs={self.bs} photos is no multiple of the loader's "
+                            f"{at_once}; make the loaders with a divisor of bs")
         self.sizes = dl.photos_in() if self.world_size > 1 else None
-        self.opt.zero_grad()                             # a run that broke off may have left half an update's gradients
+        self.opt.zero_grad()              # a run that broke off may have left gradients
 
     def before_batch(self):
         self.n = len(self.yb[0])
         self.size = self.sizes[self.iter] if self.sizes else self.n
         self.last = self.count + self.size >= self.bs or self.iter == self.n_iter-1
 
-    def before_backward(self):                           # the mean over processes is taken afterwards
+    def before_backward(self):            # the mean over processes is taken afterwards
         self.learn.loss_grad = self.loss_grad*(self.n*self.world_size/self.bs)
     def after_cancel_backward(self): self.size = 0
 
@@ -95,7 +96,8 @@ class Accumulate(Callback):
         self.count += self.size
         if not self.last: raise CancelBatchException()   # keep the gradients, go on
         if self.count != self.bs:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], self.bs/max(self.count, 1))
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, self.bs/max(self.count, 1))
         self.count = 0
 
 # %% ../nbs/04_training.ipynb #1c1d55fa
@@ -122,14 +124,17 @@ def default_lr(
 
 # %% ../nbs/04_training.ipynb #40da280a
 class RateDrop(Callback):
-    "What divides the rate by `factor` at some time, unless a schedule sets it; `drops` tells when and why"
-    order,part_of_run,state_attrs = 60,True,('drops',)     # after the Recorder has the epoch's values; what a checkpoint carries
+    "Divides the rate by `factor` at some time, unless a schedule sets it; `drops` keeps them"
+    order,part_of_run,state_attrs = 60,True,('drops',)     # after the Recorder has the values
+    on_graph = 'replay'
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
-        self.waits = any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in self.cbs)     # fit_one_cycle and the like
-    def before_epoch(self): self.trained = False           # validate() and get_preds() are epochs too, without training
-    def before_train(self): self.trained,self.number = True,len(self.history.rows) if hasattr(self, 'history') else self.epoch
+        self.waits = any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in self.cbs)
+    def before_epoch(self): self.trained = False           # validate() is an epoch too
+    def before_train(self):
+        self.trained = True
+        self.number = len(self.history.rows) if hasattr(self, 'history') else self.epoch
     def after_epoch(self):
         if self.trained: self.count()
         self.trained = False
@@ -147,27 +152,30 @@ class RateDrop(Callback):
         self.learn.lr = new if len({*new}) > 1 else new[-1]
         if new == old: return
         self.drops.append(dict(epoch=self.number, why=why, old=old[-1], new=new[-1]))
-        if self.logger != noop: print(f"epoch {self.number}: {why}; rate {old[-1]:.4g} → {new[-1]:.4g}")
+        if self.logger == noop: return
+        print(f"epoch {self.number}: {why}; rate {old[-1]:.4g} → {new[-1]:.4g}")
 
 # %% ../nbs/04_training.ipynb #5ab2ebdd
 class PlateauLR(RateDrop):
-    "Divide the rate by `factor` when the monitored value has not improved for more than `patience` epochs"     # §3.4
+    "Divide the rate when a value has not improved for more than `patience` epochs"   # §3.4
     state_attrs = ('drops', 'best', 'wait', 'cool')
     def __init__(self,
-        monitor:str='valid_loss', # 'valid_loss', 'train_loss', or the name of a metric, like 'top1_error'; smaller is better
+        monitor:str='valid_loss', # Or 'train_loss', or a metric; smaller is better
         factor:float=10, # What the rate is divided by
-        patience:int=3, # Epochs without improvement that are let pass
+        patience:int=3, # Epochs without improvement before the rate drops
         min_delta:float=1e-4, # The least decrease that counts as an improvement
         cooldown:int=0, # Epochs after a drop in which none is counted
         min_lr:float=0, # The rate falls no lower
     ):
-        self.monitor,self.factor,self.patience,self.min_delta,self.cooldown,self.min_lr = monitor,factor,patience,min_delta,cooldown,min_lr
+        self.monitor,self.factor,self.patience,self.min_delta = monitor,factor,patience,min_delta
+        self.cooldown,self.min_lr = cooldown,min_lr
         self.best,self.wait,self.cool,self.drops = float('inf'),0,0,[]
 
     def before_fit(self):
         super().before_fit()
         if self.monitor not in self.recorder.metric_names:
-            raise ValueError(f"PlateauLR monitors {self.monitor!r}; there is {', '.join(self.recorder.metric_names[1:-1])}")
+            names = ', '.join(self.recorder.metric_names[1:-1])
+            raise ValueError(f"PlateauLR monitors {self.monitor!r}; there is {names}")
 
     def count(self):
         if (value := self.value()) is None: return
@@ -175,26 +183,31 @@ class PlateauLR(RateDrop):
         else: self.wait += not self.waits
         if self.cool: self.cool,self.wait = self.cool-1,0
         if self.wait <= self.patience: return
-        self.drop(f"{self.monitor} is {value:.4g} after {self.wait} epochs not below {self.best - self.min_delta:.4g}", self.min_lr)
+        bar = self.best - self.min_delta
+        why = f"{self.monitor} is {value:.4g} after {self.wait} epochs not below {bar:.4g}"
+        self.drop(why, self.min_lr)
         self.wait,self.cool = 0,self.cooldown
 
     def value(self) -> float|None: # None where the epoch was cut short before it
         "The monitored value of the epoch that has just ended"
         rec = self.recorder
-        values = dict(zip(rec.metric_names[1:], rec.values[-1])) if len(rec.values[-1]) == len(rec.metric_names) - 1 - rec.add_time else {}
-        return None if rec.cancel_valid and not self.monitor.startswith('train_') else values.get(self.monitor)
+        if rec.cancel_valid and not self.monitor.startswith('train_'): return None
+        whole = len(rec.values[-1]) == len(rec.metric_names) - 1 - rec.add_time
+        return dict(zip(rec.metric_names[1:], rec.values[-1])).get(self.monitor) if whole else None
 
 # %% ../nbs/04_training.ipynb #d233cc01
 class MultiStepLR(RateDrop):
-    "Divide the rate by `factor` after given numbers of epochs or updates, counted over all fits"      # §4.2: 32k and 48k updates
+    "Divide the rate by `factor` after given numbers of epochs or updates, over all fits"   # §4.2
     state_attrs = ('drops', 'done')
     def __init__(self,
         epochs:tuple=(), # Epochs after which the rate falls
         updates:tuple=(), # Updates after which the rate falls
         factor:float=10, # What the rate is divided by
     ):
-        if bool(epochs) == bool(updates): raise DataError("MultiStepLR needs epochs=(…) or updates=(…), one of the two")
-        self.epochs,self.updates,self.factor,self.drops,self.done = tuple(epochs),tuple(updates),factor,[],0
+        if bool(epochs) == bool(updates):
+            raise DataError("MultiStepLR needs epochs=(…) or updates=(…), one of the two")
+        self.epochs,self.updates,self.factor = tuple(epochs),tuple(updates),factor
+        self.drops,self.done = [],0
 
     def before_batch(self): self.stepped = False
     def after_step(self): self.stepped = True
@@ -207,8 +220,9 @@ class MultiStepLR(RateDrop):
 
 # %% ../nbs/04_training.ipynb #f4270806
 class WarmUp(Callback):
-    "A small rate until the training error, the mean of the last `window` batches, falls below `until`"      # §4.2
+    "A small rate until the training error over `window` batches falls below `until`"      # §4.2
     order,run_valid,part_of_run,state_attrs = 61,False,True,('errors', 'over')
+    on_graph = 'replay'
     def __init__(self,
         lr:float=.01, # The rate until then; afterwards it is the learner's own
         until:float=.8, # Training error, 0 to 1
@@ -217,135 +231,72 @@ class WarmUp(Callback):
 
     def before_fit(self):
         self.run = not self.over and not hasattr(self.learn, 'lr_finder')
-        if self.run: self.full, _ = [h['lr'] for h in self.opt.hypers], self.opt.set_hyper('lr', self.lr)
+        if self.run: self.full = [h['lr'] for h in self.opt.hypers]
+        if self.run: self.opt.set_hyper('lr', self.lr)
 
     def after_batch(self):
         if self.over: return
-        self.errors = [*self.errors, maybe_gather(top1_error(self.pred, *self.yb)).item()][-self.window:]     # of all processes
+        error = maybe_gather(top1_error(self.pred, *self.yb)).item()            # of all processes
+        self.errors = [*self.errors, error][-self.window:]
         self.over = len(self.errors) == self.window and sum(self.errors)/self.window < self.until
         if self.over: self.opt.set_hyper('lr', self.full)
 
-# %% ../nbs/04_training.ipynb #9e8e93b9
-class History(Callback):
-    "One row for each epoch, over all fits: losses, errors, rate, seconds; the recorder goes on where it was"
-    order,remove_on_fetch = 51,True                         # right after the Recorder has cleared its lists; and out of the way with it
-    state_attrs = ('rows', 'wrong', 'seen')
-    lists = ('lrs', 'iters', 'losses', 'values')            # the recorder's
-    def __init__(self): self.rows,self.kept = [],None
+# %% ../nbs/04_training.ipynb #39fa319a
+def _tell(learn, spec, decay, started, one_cycle):
+    "What checkpoints and saved models want to know of a learner"
+    learn.decay,learn.weights,learn.one_cycle = decay,started,one_cycle
+    if (kind := learn.precision.kind) != 'fp32': spec['precision'] = kind
+    learn.spec = spec | (dict(weights=started['sha256']) if started else {})
+    return learn
 
-    def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder')
-        self._give_back()
+# %% ../nbs/04_training.ipynb #20ac4582
+def _network(arch, dls, weights, net_args, channels_last, compile):
+    "(network, what it is, where its weights come from)"
+    weights = None if weights is None else read_weights(weights, arch)
+    arch = arch or getattr(weights, 'arch', 'resnet50')
+    net_args = getattr(weights, 'net_args', {}) | net_args
+    net = build_net(arch, n_out=len(dls.vocab), **net_args)
+    started = start_from(net, dls, weights, net_args)
+    if channels_last: net = net.to(memory_format=torch.channels_last)
+    if compile: net.compile()                        # in place: the names of the weights stay
+    return net, dict(arch=arch, **net_args), started
 
-    def _give_back(self):
-        if not self.run or not self.kept: return
-        for name,old in self.kept.items(): setattr(self.recorder, name, list(old))
-        self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = self.smooth
+def _schedule(schedule, patience, min_delta):
+    if schedule in (None, 'one_cycle'): return PlateauLR(patience=patience, min_delta=min_delta)
+    if not isinstance(schedule, str): return schedule
+    raise DataError(f"schedule is {schedule!r}; it must be 'one_cycle' or a callback")
 
-    def before_epoch(self): self.trained,self.start,self.wrong,self.seen = False,time.perf_counter(),0,0
-    def before_train(self): self.trained = True
-    def after_train(self): self._fill(2 + len(self.metrics)*self.recorder.train_metrics)
-    def after_validate(self): self._fill(len(self.recorder.metric_names) - self.recorder.add_time)
-    def after_cancel_epoch(self):
-        self.recorder.cancel_valid = True
-        self.after_validate()
-
-    def _fill(self, n):
-        "What an epoch that was cut short has not logged, so that each value keeps its place"
-        rec = self.recorder
-        if self.trained and len(rec.log) == 1: rec.log.append(float(rec.smooth_loss.value))
-        if self.trained: rec.log = rec.log + [float('nan')]*(n - len(rec.log))
-
-    def after_batch(self):
-        "Count the training photos whose best guess is wrong, as they go by"
-        if not self.training or self.pred.ndim != 2 or self.yb[0].is_floating_point(): return
-        self.wrong,self.seen = self.wrong + (self.pred.detach().argmax(1) != self.yb[0]).sum(),self.seen + len(self.yb[0])
-
-    def after_epoch(self):
-        if not self.trained: return self._give_back()       # validate() or get_preds()
-        rec,self.trained = self.recorder,False
-        values = {name: float('nan' if v is None else v) for name,v in zip(rec.metric_names[1:], rec.values[-1])}
-        lr = (rec.lrs or [self.opt.hypers[-1]['lr']])[-1]
-        row = dict(epoch=len(self.rows), **values, lr=float(lr), seconds=time.perf_counter() - self.start)
-        self.rows.append(row | (dict(train_error=int(self.wrong)/self.seen) if self.seen else {}))
-        self.kept,self.smooth = {n: list(getattr(rec, n)) for n in self.lists},(rec.smooth_loss.count, rec.smooth_loss.val)
-
-    @property
-    def df(self): return pd.DataFrame(self.rows)
-
-# %% ../nbs/04_training.ipynb #7be41d55
-Accumulate.on_graph,RateDrop.on_graph,WarmUp.on_graph,History.on_graph = 'capture','replay','replay','log'
-
-@patch
-def after_replays(self:History, iters, losses, wrong, seen):
-    "Count photos of updates from a CUDA graph"
-    self.wrong,self.seen = self.wrong + wrong,self.seen + seen
-
-# %% ../nbs/04_training.ipynb #bcf101b9
 def resnet_learner(
-    dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos, classes and a `vocab`
-    arch:str|None=None, # A name that `build_net` knows; None: that of the weights, or resnet50
+    dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos and a `vocab`
+    arch:str|None=None, # A name that `build_net` knows; None: the weights' own, or resnet50
     bs:int=256, # Photos in an update
     lr:float|None=None, # Initial learning rate; None: .1 at bs=256, and in proportion
     patience:int=3, # Epochs without a better validation loss before the rate falls
     min_delta:float=1e-4, # The least decrease of the validation loss that counts as better
-    schedule=None, # 'one_cycle', or a callback that moves the rate, like `MultiStepLR`; None: `PlateauLR(patience, min_delta)`
-    decay:str='weights', # What decays: 'weights', 'conv_fc' (and the last layer's bias) or 'all' (and BN)
+    schedule=None, # 'one_cycle', or a callback like `MultiStepLR`; None: `PlateauLR`
+    decay:str='weights', # What decays: 'weights', 'conv_fc' (and the last bias) or 'all' (and BN)
     opt_func=paper_sgd, # Or `caffe_sgd`
-    precision:str|None=None, # Of the convolutions: 'fp32', 'bf16' or 'fp16'; None: 'bf16' where the hardware computes in it
-    channels_last:bool|None=None, # The colours of a pixel side by side in memory; None: on a CPU, and in 16 bits
-    compile:bool=False, # Let PyTorch compile the network: a slow first batch, faster ones later
-    weights=None, # What to start from, as `read_weights` takes it: 'imagenet', a file, a folder, a `ResNet`; None: drawn anew
-    train_bn:bool=True, # While layers are frozen, their BN goes on learning; False: it keeps weights and statistics
+    precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: 'bf16' where the hardware has it
+    channels_last:bool|None=None, # Memory layout NHWC; None: on a CPU, and in 16 bits
+    compile:bool=False, # Compile the network: a slow first batch, faster ones later
+    weights=None, # To start from: 'imagenet', a file, a folder, a `ResNet`; None: drawn anew
+    train_bn:bool=True, # Does the BN of frozen layers go on learning?
     graph:bool=False, # Replay updates from a CUDA graph: for small networks on a GPU
     cbs=None, # More fastai callbacks
     metrics=None, # More metrics, beside `top1_error` and `top5_error`
     loss_func=None, # None: `CrossEntropyLossFlat()`
-    path:str|Path|None=None, # The learner's folder, where fastai saves; None: that of the loaders
+    path:str|Path|None=None, # Where fastai saves; None: the loaders' folder
     **kwargs, # For `build_net`: stride_at, shortcut, …
 ) -> ResumableLearner: # With `history` and `plateau_lr` among its callbacks
     "The paper's network and recipe as a fastai `Learner`"
-    if decay not in ('weights', 'conv_fc', 'all'): raise DataError(f"decay is {decay!r}; it must be 'weights', 'conv_fc' or 'all'")
-    if len(dls.loaders) < 2 or dls.valid.n == 0:
-        raise DataError("these loaders have no validation photos; leave some out of training, for example with RandomSplitter()")
-    device = torch.device(dls.device or 'cpu')
-    precision = precision or fast_precision(device)
-    if precision not in ('fp32', 'bf16', 'fp16'): raise DataError(f"precision is {precision!r}; it must be 'fp32', 'bf16' or 'fp16'")
-    if channels_last is None: channels_last = device.type == 'cpu' or precision != 'fp32'
-    metrics = [top1_error] + ([top5_error] if len(getattr(dls, 'labels', dls.vocab)) > 5 else []) + list(L(metrics))
-    if isinstance(schedule, str) and schedule != 'one_cycle': raise DataError(f"schedule is {schedule!r}; it must be 'one_cycle' or a callback")
-    mover = PlateauLR(patience=patience, min_delta=min_delta) if schedule in (None, 'one_cycle') else schedule
-    cbs = [Accumulate(bs), mover, FrozenBN(), History(), FiniteLoss(), Precision(precision, channels_last), *L(cbs)]
-    weights = None if weights is None else read_weights(weights, arch)
-    arch,kwargs = arch or getattr(weights, 'arch', 'resnet50'),getattr(weights, 'net_args', {}) | kwargs
-    net = build_net(arch, n_out=len(dls.vocab), **kwargs)
-    started = start_from(net, dls, weights, kwargs)
-    if channels_last: net = net.to(memory_format=torch.channels_last)
-    if compile: net.compile()                               # in place: the names of the weights stay
-    if graph: cbs.append(CudaGraph())
-    learn = ResumableLearner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,
-                             lr=default_lr(bs) if lr is None else lr, metrics=metrics, wd_bn_bias=decay != 'weights',
-                             train_bn=train_bn, splitter=stage_groups, cbs=cbs)
-    learn.decay,learn.weights,learn.one_cycle,kind = decay,started,schedule == 'one_cycle',learn.precision.kind
-    learn.spec = dict(arch=arch, **kwargs) | ({} if kind == 'fp32' else dict(precision=kind)) | (dict(weights=started['sha256']) if started else {})
-    return learn
-
-# %% ../nbs/04_training.ipynb #38b23560
-def plot_history(
-    history:pd.DataFrame, # `History.df`, or `ResNet.history`
-) -> plt.Figure: # Losses on the left, errors on the right
-    "Loss and error over the epochs, as in the paper's Figure 4: training thin, validation bold; dotted where the rate fell"
-    fig,axs = plt.subplots(1, 2, figsize=(8, 3), layout='constrained')
-    lines = [('train_loss', 0), ('valid_loss', 0), ('train_error', 1), ('top1_error', 1), ('top5_error', 1)]
-    for name,i in lines:
-        if name in history: axs[i].plot(history.epoch, history[name], label=name.replace('_', ' '), **_line_styles[name])
-    for ax,unit in zip(axs, ('cross-entropy, nats', 'share of photos')):
-        for e in history.epoch[1:][history.lr.diff()[1:] < 0]: ax.axvline(e - .5, color='.5', ls=':', lw=1)
-        ax.set_xlabel('epoch'); ax.set_ylabel(unit); ax.legend()
-    axs[0].set_title(f'Best validation loss {history.valid_loss.min():.3g}, epoch {history.valid_loss.idxmin()}', fontsize=10)
-    axs[1].set_title(f'Last top-1 error {history.top1_error.iloc[-1]:.1%}', fontsize=10)
-    return fig
-
-_train,_valid = dict(color='#0072B2', lw=1, marker='o', ms=2),dict(color='#D55E00', lw=2.4, marker='o', ms=3)     # Okabe and Ito's
-_line_styles = dict(train_loss=_train, valid_loss=_valid, train_error=_train, top1_error=_valid,
-                    top5_error=_valid | dict(color='#009E73', ls='--'))
+    check_learner(dls, decay)
+    precision, channels_last = precision_and_layout(dls.device, precision, channels_last)
+    net, spec, started = _network(arch, dls, weights, kwargs, channels_last, compile)
+    cbs = [Accumulate(bs), _schedule(schedule, patience, min_delta), FrozenBN(), History(),
+           FiniteLoss(), Precision(precision, channels_last), *L(cbs), *[CudaGraph()]*graph]
+    top5 = [top5_error]*(len(getattr(dls, 'labels', dls.vocab)) > 5)   # of fewer it says nothing
+    learn = ResumableLearner(
+        dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,
+        lr=default_lr(bs) if lr is None else lr, wd_bn_bias=decay != 'weights', cbs=cbs,
+        metrics=[top1_error, *top5, *L(metrics)], train_bn=train_bn, splitter=stage_groups)
+    return _tell(learn, spec, decay, started, schedule == 'one_cycle')

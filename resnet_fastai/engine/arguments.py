@@ -1,6 +1,8 @@
 """Checks of arguments, whose error messages say what would do."""
 from numbers import Integral
 
+from .files import DataError
+
 
 def one_of(
     name:str, # Of the argument, for the error message
@@ -19,3 +21,13 @@ def whole_number(
     "The value, if it is a whole number from 1 on; a ValueError otherwise"
     if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1: return int(value)
     raise ValueError(f"{name} is {value!r:.80}; it must be a whole number, 1 or more")
+
+
+def check_learner(
+    dls, # Loaders of a learner
+    decay:str, # Which tensors are to decay
+):
+    "A `DataError` where the loaders have no validation photos, or the decay is none that there is"
+    if decay not in ('weights', 'conv_fc', 'all'): raise DataError(f"decay is {decay!r:.80}; it must be 'weights', 'conv_fc' or 'all'")
+    if len(dls.loaders) < 2 or dls.valid.n == 0:
+        raise DataError("these loaders have no validation photos; leave some out of training, for example with RandomSplitter()")

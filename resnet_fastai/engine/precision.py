@@ -3,6 +3,8 @@ import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.torch_core import to_float
 
+from .files import DataError
+
 
 def fast_precision(
     device, # Where the network is: a `torch.device`, or its name
@@ -12,6 +14,18 @@ def fast_precision(
     if kind == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 or torch.version.hip else 'fp32'
     has = [getattr(torch.cpu, f'_is_{what}_supported', lambda: False)() for what in ('avx512_bf16', 'amx_tile')]
     return 'bf16' if kind == 'cpu' and any(has) else 'fp32'
+
+
+def precision_and_layout(
+    device, # Where the network will be: a `torch.device`, or its name; None: the CPU
+    precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: `fast_precision`
+    channels_last:bool|None=None, # None: on a CPU, and in 16 bits
+) -> tuple: # (precision, channels_last), both decided
+    "Fill in what was left to the hardware; a `DataError` where the precision is none"
+    device = torch.device(device or 'cpu')
+    precision = precision or fast_precision(device)
+    if precision not in ('fp32', 'bf16', 'fp16'): raise DataError(f"precision is {precision!r:.80}; it must be 'fp32', 'bf16' or 'fp16'")
+    return precision, device.type == 'cpu' or precision != 'fp32' if channels_last is None else channels_last
 
 
 class Precision(Callback):
