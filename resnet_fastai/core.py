@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from fastai.torch_core import default_device, num_distrib, rank_distrib, set_seed
+from fastai.torch_core import default_device, rank_distrib, set_seed
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
@@ -51,7 +51,7 @@ class ResNet:
         label_encoding:str|Path, # JSON {label: index}
         arch:str|None=None, # A name that `build_net` knows; None: the weights' own, or resnet50
         bs:int|None=None, # Photos in an update; None: 256, or 32 from weights
-        micro_bs:int=32, # Photos that pass the network at a time; `bs` is a multiple, or smaller
+        micro_bs:int=32, # Photos that pass the network at a time, in each process
         seed:int|None=42, # Fixes every draw; None leaves the generators alone
         net_args:dict|None=None, # More for `build_net`: stride_at, shortcut, zero_init_residual
         run_folder:str|Path|None=None, # Where checkpoints and history.csv go; None: nowhere
@@ -64,9 +64,8 @@ class ResNet:
             weights = kwargs['weights'] = read_weights(weights, arch)
             kwargs = dict(n_out=None, size=weights.size or 224) | kwargs
         bs = (256 if weights is None else 32) if bs is None else bs
-        micro_bs = min(micro_bs, max(bs//max(num_distrib(), 1), 1))
-        if bs < 1 or micro_bs < 1 or bs % micro_bs:
-            raise DataError(f"bs={bs} is not a multiple of micro_bs={micro_bs}")
+        if bs < 1 or micro_bs < 1:
+            raise DataError(f"bs={bs} and micro_bs={micro_bs} must be 1 or more")
         if seed is not None: set_seed(seed)
         recipe = {k: kwargs.pop(k) for k in signature(resnet_learner).parameters if k in kwargs}
         dls = resnet_dls(data_path, label_path, label_encoding, micro_bs=micro_bs, **kwargs)

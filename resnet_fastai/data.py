@@ -29,7 +29,7 @@ from .engine.label_files import (check_known, read_encoding, read_labels,
 from .engine.layout import PhotoList, split_photos
 from .engine.loader import join_processes, local_rank0_first, PhotoBlock, PhotoDL
 from .engine.photo import Photo
-from .engine.survey import (_fail_or_skip, _sum, keep_survey, kept_survey,
+from .engine.survey import (_fail_or_skip, keep_survey, kept_survey,
                                          scan_photos, survey_file)
 
 # %% ../nbs/03_data.ipynb #4a0bcdc8
@@ -128,17 +128,21 @@ def read_stats(
     "Read all training and validation photos once: colours of the training set, and bad photos"
     paths, n = photos['train'] + photos['val'], len(photos['train'])
     file = survey_file(paths.texts())
-    if (kept := kept_survey(file, ColorStats)) is None:
-        moments, bad = scan_photos(paths, num_workers)
-        _fail_or_skip(bad, len(paths), on_bad)
-        kept = ColorStats.from_moments(*_sum(moments[:n], bad)), bad
-        keep_survey(file, *kept)
-    else: _fail_or_skip(kept[1], len(paths), on_bad)
+    total, count, rest = kept_survey(file) or (np.zeros((4, 4)), 0, np.arange(len(paths)))
+    moments, bad = np.zeros((0, 4, 4)), {}
+    if len(rest): moments, bad = scan_photos(paths[rest], num_workers)       # what failed is tried again
+    bad, own = {int(rest[i]): why for i,why in bad.items()}, moments[rest < n]
+    total, count = total + own.sum(0), count + int((own[:,3,3] > 0).sum())
+    if len(bad) < len(rest) or not file.exists(): keep_survey(file, total, count, bad)
+    _fail_or_skip(bad, len(paths), on_bad)
+    if not count:
+        raise PhotoError(f"none of the {n:,} training photos can be read; first: {bad[min(bad)]}")
     good = np.ones(len(paths), bool)
-    good[list(kept[1])] = False
+    good[list(bad)] = False
     if not good[n:].any():
         raise PhotoError(f"none of the {len(paths)-n:,} validation photos can be read")
-    return kept[0], {**photos, 'train': photos['train'][good[:n]], 'val': photos['val'][good[n:]]}
+    photos = photos | {'train': photos['train'][good[:n]], 'val': photos['val'][good[n:]]}
+    return ColorStats.from_moments(total, count), photos
 
 # %% ../nbs/03_data.ipynb #4d6cd480
 def recipe(

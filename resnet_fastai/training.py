@@ -76,7 +76,8 @@ class Accumulate(Callback):
     def before_train(self):
         dl = self.dls.train
         self.count,self.world_size,at_once = 0,getattr(dl, 'world_size', 1),getattr(dl, 'bs', getattr(dl, 'batch_size', None))
-        if len(dl) > 1 and at_once and self.bs % at_once:
+        if hasattr(dl, 'photos_in'): dl.update = self.bs # a `PhotoDL` gives each update its photos, whatever passes at a time
+        elif len(dl) > 1 and at_once and self.bs % at_once:
             raise DataError(f"an update of bs={self.bs} photos is no multiple of the loader's {at_once}; make the loaders with a divisor of bs")
         self.sizes = dl.photos_in() if self.world_size > 1 else None
         self.opt.zero_grad()                             # a run that broke off may have left half an update's gradients
@@ -122,7 +123,7 @@ def default_lr(
 # %% ../nbs/04_training.ipynb #40da280a
 class RateDrop(Callback):
     "What divides the rate by `factor` at some time, unless a schedule sets it; `drops` tells when and why"
-    order,state_attrs = 60,('drops',)                          # after the Recorder has the epoch's values; what a checkpoint carries
+    order,part_of_run,state_attrs = 60,True,('drops',)     # after the Recorder has the epoch's values; what a checkpoint carries
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
@@ -193,21 +194,21 @@ class MultiStepLR(RateDrop):
         factor:float=10, # What the rate is divided by
     ):
         if bool(epochs) == bool(updates): raise DataError("MultiStepLR needs epochs=(…) or updates=(…), one of the two")
-        self.at,self.unit,self.factor,self.drops,self.done = {*(epochs or updates)},'epochs' if epochs else 'updates',factor,[],0
+        self.epochs,self.updates,self.factor,self.drops,self.done = tuple(epochs),tuple(updates),factor,[],0
 
     def before_batch(self): self.stepped = False
     def after_step(self): self.stepped = True
     def after_batch(self):
         if self.training and self.stepped: self.count('updates')
     def count(self, unit='epochs'):
-        if unit != self.unit: return
+        if not getattr(self, unit): return
         self.done += 1
-        if self.done in self.at: self.drop(f'{self.done:,} {unit} are done')
+        if self.done in self.epochs + self.updates: self.drop(f'{self.done:,} {unit} are done')
 
 # %% ../nbs/04_training.ipynb #f4270806
 class WarmUp(Callback):
     "A small rate until the training error, the mean of the last `window` batches, falls below `until`"      # §4.2
-    order,run_valid,state_attrs = 61,False,('errors', 'over')
+    order,run_valid,part_of_run,state_attrs = 61,False,True,('errors', 'over')
     def __init__(self,
         lr:float=.01, # The rate until then; afterwards it is the learner's own
         until:float=.8, # Training error, 0 to 1

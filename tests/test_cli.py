@@ -164,7 +164,6 @@ complaints = {
     'train on nothing': (['train', 'nowhere', *labelled[1:], *new], "nowhere' is not a folder"),
     'train by swapped files': (['train', 'photos', *labelled[:0:-1], *new], 'labels.json'),
     'an unknown network': (['train', *labelled, *new, '--arch', 'vgg16'], "there is no network 'vgg16'"),
-    'micro-batches that do not fit': (['train', *labelled, *new, '--bs', '10', '--micro-bs', '4'], 'bs=10 is not a multiple of micro_bs=4'),
     'no colours': (['train', *labelled, *new, '--stats', 'text.txt'], 'text.txt holds no colour statistics'),
     'no class folders': (['train', 'photos', *new, '--folders'], 'photos'),
     'a model that is there': (['train', *labelled, '--model', 'untouched', '--run', 'fresh-run'], 'untouched holds a model already'),
