@@ -4,7 +4,7 @@ BIN := .venv/bin
 INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 READY := .venv/.installed-$(shell cat $(INPUTS) | cksum | cut -d' ' -f1)
 
-.PHONY: help demo test docs readme bench lab constraints
+.PHONY: help demo test docs readme bench gpu lab constraints
 help:   ## this list
 	@grep -hE '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## / — /; s/^/make /'
 
@@ -20,8 +20,8 @@ $(READY):
 	else $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'; fi
 	@touch $@
 
-demo test docs readme bench: export MPLBACKEND = Agg
-demo test docs readme bench: export PATH := $(CURDIR)/$(BIN):$(PATH)
+demo test docs readme bench gpu: export MPLBACKEND = Agg
+demo test docs readme bench gpu: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 demo: $(READY)  ## train a ResNet-50 on drawn photos and predict with 50 crops, a few minutes on a CPU: runs/demo
 	$(BIN)/resnet-fastai demo
@@ -36,7 +36,10 @@ readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
 bench: $(READY)  ## every script in benchmarks/
-	@for f in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do echo "$$f"; $(BIN)/python "$$f" || exit 1; done
+	@for f in $(filter-out %/common.py %/gpu.py,$(wildcard benchmarks/*.py)); do echo "$$f"; $(BIN)/python "$$f" || exit 1; done
+
+gpu: $(READY)  ## all that needs a GPU: checks, rates, CIFAR-10 (CIFAR=its folder) for an hour or MINUTES=…; again goes on: runs/gpu
+	$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),60) $(if $(CIFAR),--cifar $(CIFAR))
 
 lab: $(READY)  ## JupyterLab at the front page
 	$(BIN)/jupyter lab nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)

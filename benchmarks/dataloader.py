@@ -52,7 +52,7 @@ def main():
     paths, what = photos(args.photos)
     stats = ColorStats.fit(paths)
     data, labels = laid_out(paths, args.items)
-    dls = resnet_dls(data, labels, {'a': 0}, bs=args.bs, stats=stats, num_workers=args.workers, device='cpu')
+    dls = resnet_dls(data, labels, {'a': 0}, micro_bs=args.bs, stats=stats, num_workers=args.workers, device='cpu')
     theirs = DataLoader(Photos([str(p) for p in sorted(data.glob('train/*'))], stats), batch_size=args.bs, shuffle=True, num_workers=args.workers)
     def epoch(batches):
         for x, _ in batches: assert x.dtype == torch.float32

@@ -54,7 +54,7 @@ def speed(args, path):
 def accuracy(args, paths):
     tmp = Path(tempfile.mkdtemp())
     set_seed(0)
-    dls = resnet_dls(*demo_data(tmp/'demo', sizes=dict(train=480, val=16, test=60)), bs=16, size=64, num_workers=0)
+    dls = resnet_dls(*demo_data(tmp/'demo', sizes=dict(train=480, val=16, test=60)), micro_bs=16, size=64, num_workers=0)
     learn = resnet_learner(dls, 'resnet18', bs=16, zero_init_residual=True)
     with learn.no_bar(), learn.no_logging(): learn.fit(args.epochs)
     asked = [*dls.photos['test'], *paths]

@@ -15,6 +15,7 @@ from fastai.data.core import DataLoaders
 from torch.nn import functional as F
 from torchvision.models import resnet50
 
+from resnet_fastai.model import build_net
 from resnet_fastai.training import resnet_learner
 
 gpu = torch.cuda.is_available()
@@ -23,9 +24,9 @@ device = torch.device('cuda' if gpu else 'cpu')
 
 class Ready:
     "Batches that are in memory already"
-    def __init__(self, n, bs):
+    def __init__(self, n, bs, size=224):
         self.bs, self.device = bs, device
-        self.batches = [(torch.randn(bs, 3, 224, 224, device=device), torch.randint(0, 1000, (bs,), device=device)) for _ in range(n)]
+        self.batches = [(torch.randn(bs, 3, size, size, device=device), torch.randint(0, 1000, (bs,), device=device)) for _ in range(n)]
     def __iter__(self): return iter(self.batches)
     def __len__(self): return len(self.batches)
 
@@ -34,9 +35,10 @@ def wait():
     if gpu: torch.cuda.synchronize()
 
 
-def bare(batches, precision, channels_last):
-    "A step loop as short as PyTorch allows"
-    net = resnet50().to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format).train()
+def bare(batches, precision, channels_last, net=None, compile=False):
+    "A step loop as short as PyTorch allows, over torchvision's network or, with net='ours', over this project's"
+    net = (build_net('resnet50', 1000, stride_at='3x3') if net == 'ours' else resnet50()).to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format).train()
+    if compile: net.compile()
     opt = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=.9, weight_decay=1e-4, foreach=True)
     def run():
         for x, y in batches:

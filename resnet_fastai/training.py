@@ -26,12 +26,17 @@ from fastai.imports import noop
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import l2_reg, Optimizer, SGD
 from fastai.torch_core import maybe_gather
+from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .engine.checkpoint import Checkpoint, ResumableLearner
+from .engine.cuda_graph import CudaGraph
 from .engine.files import DataError
+from .engine.fine_tuning import FrozenBN, stage_groups
 from .engine.finite import FiniteLoss
 from .engine.precision import fast_precision, Precision
+from .engine.weight_sources import read_weights
+from .engine.weights import start_from
 from .model import build_net
 
 # %% ../nbs/04_training.ipynb #a260c9ab
@@ -268,20 +273,31 @@ class History(Callback):
     @property
     def df(self): return pd.DataFrame(self.rows)
 
+# %% ../nbs/04_training.ipynb #7be41d55
+Accumulate.on_graph,RateDrop.on_graph,WarmUp.on_graph,History.on_graph = 'capture','replay','replay','log'
+
+@patch
+def after_replays(self:History, iters, losses, wrong, seen):
+    "Count photos of updates from a CUDA graph"
+    self.wrong,self.seen = self.wrong + wrong,self.seen + seen
+
 # %% ../nbs/04_training.ipynb #bcf101b9
 def resnet_learner(
     dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos, classes and a `vocab`
-    arch:str='resnet50', # A name that `build_net` knows
+    arch:str|None=None, # A name that `build_net` knows; None: that of the weights, or resnet50
     bs:int=256, # Photos in an update
     lr:float|None=None, # Initial learning rate; None: .1 at bs=256, and in proportion
     patience:int=3, # Epochs without a better validation loss before the rate falls
     min_delta:float=1e-4, # The least decrease of the validation loss that counts as better
-    schedule=None, # A callback that moves the rate, like `MultiStepLR`; None: `PlateauLR(patience=patience, min_delta=min_delta)`
+    schedule=None, # 'one_cycle', or a callback that moves the rate, like `MultiStepLR`; None: `PlateauLR(patience, min_delta)`
     decay:str='weights', # What decays: 'weights', 'conv_fc' (and the last layer's bias) or 'all' (and BN)
     opt_func=paper_sgd, # Or `caffe_sgd`
     precision:str|None=None, # Of the convolutions: 'fp32', 'bf16' or 'fp16'; None: 'bf16' where the hardware computes in it
     channels_last:bool|None=None, # The colours of a pixel side by side in memory; None: on a CPU, and in 16 bits
     compile:bool=False, # Let PyTorch compile the network: a slow first batch, faster ones later
+    weights=None, # What to start from, as `read_weights` takes it: 'imagenet', a file, a folder, a `ResNet`; None: drawn anew
+    train_bn:bool=True, # While layers are frozen, their BN goes on learning; False: it keeps weights and statistics
+    graph:bool=False, # Replay updates from a CUDA graph: for small networks on a GPU
     cbs=None, # More fastai callbacks
     metrics=None, # More metrics, beside `top1_error` and `top5_error`
     loss_func=None, # None: `CrossEntropyLossFlat()`
@@ -297,14 +313,21 @@ def resnet_learner(
     if precision not in ('fp32', 'bf16', 'fp16'): raise DataError(f"precision is {precision!r}; it must be 'fp32', 'bf16' or 'fp16'")
     if channels_last is None: channels_last = device.type == 'cpu' or precision != 'fp32'
     metrics = [top1_error] + ([top5_error] if len(getattr(dls, 'labels', dls.vocab)) > 5 else []) + list(L(metrics))
-    cbs = [Accumulate(bs), schedule or PlateauLR(patience=patience, min_delta=min_delta), History(), FiniteLoss(),
-           Precision(precision, channels_last), *L(cbs)]
+    if isinstance(schedule, str) and schedule != 'one_cycle': raise DataError(f"schedule is {schedule!r}; it must be 'one_cycle' or a callback")
+    mover = PlateauLR(patience=patience, min_delta=min_delta) if schedule in (None, 'one_cycle') else schedule
+    cbs = [Accumulate(bs), mover, FrozenBN(), History(), FiniteLoss(), Precision(precision, channels_last), *L(cbs)]
+    weights = None if weights is None else read_weights(weights, arch)
+    arch,kwargs = arch or getattr(weights, 'arch', 'resnet50'),getattr(weights, 'net_args', {}) | kwargs
     net = build_net(arch, n_out=len(dls.vocab), **kwargs)
+    started = start_from(net, dls, weights, kwargs)
     if channels_last: net = net.to(memory_format=torch.channels_last)
     if compile: net.compile()                               # in place: the names of the weights stay
+    if graph: cbs.append(CudaGraph())
     learn = ResumableLearner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,
-                             lr=default_lr(bs) if lr is None else lr, metrics=metrics, wd_bn_bias=decay != 'weights', cbs=cbs)
-    learn.decay,learn.spec = decay,dict(arch=arch, **kwargs) | ({} if learn.precision.kind == 'fp32' else dict(precision=learn.precision.kind))
+                             lr=default_lr(bs) if lr is None else lr, metrics=metrics, wd_bn_bias=decay != 'weights',
+                             train_bn=train_bn, splitter=stage_groups, cbs=cbs)
+    learn.decay,learn.weights,learn.one_cycle,kind = decay,started,schedule == 'one_cycle',learn.precision.kind
+    learn.spec = dict(arch=arch, **kwargs) | ({} if kind == 'fp32' else dict(precision=kind)) | (dict(weights=started['sha256']) if started else {})
     return learn
 
 # %% ../nbs/04_training.ipynb #38b23560

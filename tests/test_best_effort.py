@@ -15,7 +15,7 @@ from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.practice.prepare import shrink_photos
 
 codes = ['EACCES', 'EPERM', 'EROFS', 'EINVAL', 'ENOSPC', 'ENAMETOOLONG', 'EIO', 'ENOTSUP']
-small = dict(size=32, bs=4, num_workers=0)
+small = dict(size=32, micro_bs=4, num_workers=0)
 
 
 def error(code): return OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
@@ -108,7 +108,7 @@ os.environ.pop('FASTAI_HOME', None)
 os.environ.update(HOME=sys.argv[1], TMPDIR=sys.argv[2])
 from resnet_fastai.data import resnet_dls, resolve_data
 from resnet_fastai.engine.layout import list_photos
-dls = resnet_dls(*sys.argv[3:6], size=32, bs=4, num_workers=0)
+dls = resnet_dls(*sys.argv[3:6], size=32, micro_bs=4, num_workers=0)
 print(dls.stats)
 found = resolve_data('file://' + sys.argv[6])
 print(len(list_photos(found)), 'photos in', found)
@@ -135,3 +135,37 @@ def test_links_that_are_not_possible_become_copies(tmp_path, monkeypatch, code):
     (tmp_path/'a').write_bytes(b'a photo')
     with failing(monkeypatch, 'link', code), failing(monkeypatch, 'symlink', code): link_photo(tmp_path/'a', tmp_path/'b'/'c')
     assert (tmp_path/'b'/'c').read_bytes() == b'a photo' and not (tmp_path/'b'/'c').is_symlink()
+
+
+def test_imagenette_without_a_home(tmp_path, monkeypatch):
+    from PIL import Image
+    from resnet_fastai.practice import sources
+    for split in ('train', 'val'):
+        for wnid in ('n01440764', 'n03888257'):
+            (at := tmp_path/'fetched'/split/wnid).mkdir(parents=True)
+            Image.new('RGB', (9, 9)).save(at/f'{split}_{wnid}.JPEG')
+    def refuse(url): raise error('EACCES')
+    monkeypatch.setattr(sources, 'untar_data', refuse)
+    asked = []
+    monkeypatch.setattr(sources, 'resolve_data', lambda url: asked.append(url) or tmp_path/'fetched')
+    assert len(list_photos(sources.imagenette(tmp_path/'dest').data_path)) == 4 and asked[0].endswith('imagenette2-160.tgz')
+
+
+def test_an_empty_folder_is_filled(tmp_path, monkeypatch):
+    "Windows does not replace a folder, not even an empty one"
+    from resnet_fastai.engine.demo_photos import demo_data
+    replace = Path.replace
+    def windows(self, to):
+        if Path(to).is_dir(): raise error('EACCES')
+        return replace(self, to)
+    monkeypatch.setattr(Path, 'replace', windows)
+    (tmp_path/'dest').mkdir()
+    assert len(list_photos(demo_data(tmp_path/'dest', sizes=dict(train=2, val=1, test=0)).data_path)) == 3
+
+
+@pytest.mark.parametrize('code', ['EINVAL', 'EACCES', 'EIO'])
+def test_a_checkpoint_where_folders_cannot_be_synced(drawn, tmp_path, monkeypatch, one_thread, code):
+    from resnet_fastai.core import ResNet
+    model = ResNet(*drawn, arch='cifar_resnet8', run_folder=tmp_path/'run', **small)
+    with failing(monkeypatch, 'fsync', code, of_folder), model.learn.no_bar(), model.learn.no_logging(): model.fit(1)
+    assert len(list((tmp_path/'run').glob('checkpoint-*.pt'))) == 1

@@ -30,7 +30,7 @@ batches = {4: [4]*5, 8: [8, 8, 4], 256: [20]}                # an update of bs p
 @pytest.fixture(scope='module')
 def dls(tmp_path_factory):
     photos = demo_data(tmp_path_factory.mktemp('photos')/'drawn', sizes=dict(train=n, val=8, test=2))
-    return resnet_dls(*photos, bs=micro_bs, size=16, n_out=1000, num_workers=0)
+    return resnet_dls(*photos, micro_bs=micro_bs, size=16, n_out=1000, num_workers=0)
 
 
 class Seen(Callback):

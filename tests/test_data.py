@@ -4,10 +4,13 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 
-from resnet_fastai.data import demo_data, read_stats, resnet_dls
+import answers
+from resnet_fastai.data import demo_data, LabelMap, read_stats, resnet_dls
 from resnet_fastai.engine.demo_photos import draw_photo
 from resnet_fastai.engine.files import PhotoError
+from resnet_fastai.engine.ids import photo_ids
 from resnet_fastai.engine.layout import PhotoList
+from resnet_fastai.engine.loader import PhotoDL
 from resnet_fastai.engine.photo import open_photo
 
 
@@ -34,7 +37,7 @@ def test_what_is_kept_of_the_first_reading_hides_nothing(tmp_path):
 
 @pytest.mark.paper('3.4-mean')
 def test_validation_is_the_centre_crop_less_the_mean(demo):
-    dls = resnet_dls(*demo, bs=8, size=64, num_workers=0)
+    dls = resnet_dls(*demo, micro_bs=8, size=64, num_workers=0)
     x, y = dls.valid.one_batch()
     first = open_photo(dls.photos['val'][0])
     crop = np.array(TF.center_crop(TF.resize(first, 73), 64))/255 - dls.stats.mean
@@ -44,13 +47,17 @@ def test_validation_is_the_centre_crop_less_the_mean(demo):
 
 
 def test_targets_are_the_users_indices(demo):
-    dls = resnet_dls(*demo, bs=8, size=64, num_workers=0)
+    dls = resnet_dls(*demo, micro_bs=8, size=64, num_workers=0)
     assert [dls.vocab[i] for i in (101, 999)] == ['stripes', 'mesh'] and len(dls.vocab) == 1000
     assert set(dls.train.one_batch()[1].tolist()) <= set(dls.labels.encoding.values())
 
 
-@pytest.mark.parametrize('bs,batches', [(23, 1), (20, 2), (8, 3)])
-def test_a_lone_photo_joins_the_batch_before(demo, bs, batches):
-    dls = resnet_dls(*demo, bs=bs, size=64, num_workers=0)
+@pytest.mark.parametrize('bs,batches', [(23, 2), (20, 2), (8, 3)])
+def test_no_photo_is_alone_in_a_batch(demo, bs, batches):
+    dls = resnet_dls(*demo, micro_bs=bs, size=64, num_workers=0)
     sizes = [len(y) for _, y in dls.train]
-    assert len(sizes) == len(dls.train) == batches and sum(sizes) == 24 and min(sizes) > 1
+    assert len(sizes) == len(dls.train) == batches and sum(sizes) == 24 and 1 < min(sizes) and max(sizes) <= bs
+
+
+def test_the_answers_of_the_lesson_are_true():
+    assert answers.run('03_data.ipynb', dict(photo_ids=photo_ids, LabelMap=LabelMap, PhotoDL=PhotoDL)) == 4

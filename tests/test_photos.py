@@ -223,7 +223,7 @@ def test_offsets_are_uniform():
 def test_crops_do_not_depend_on_who_loads_them(drawn):
     def batches(num_workers):
         torch.manual_seed(1); random.seed(1); np.random.seed(1)
-        dls = resnet_dls(*drawn, bs=4, size=32, num_workers=num_workers, stats=ColorStats([.5]*3, [.2, .02, .004], np.eye(3)), lighting=0)
+        dls = resnet_dls(*drawn, micro_bs=4, size=32, num_workers=num_workers, stats=ColorStats([.5]*3, [.2, .02, .004], np.eye(3)), lighting=0)
         return [[(x.clone(), y.clone()) for x, y in dl] for dl in (dls.train, dls.train, dls.valid)]
     zero, two, three = map(batches, (0, 2, 3))
     for a, b, c in zip(zero, two, three):
@@ -244,7 +244,7 @@ def test_names_of_every_kind(tmp_path):
         for i, name in enumerate(names):
             draw_photo('dots', np.random.default_rng(i)).save(tmp_path/'data'/split/name)
             labels[f'{split}/{name}'] = str(i % 3)
-    dls = resnet_dls(tmp_path/'data', labels, {'0': 5, '1': 6, '2': 7}, bs=3, size=32, num_workers=0)
+    dls = resnet_dls(tmp_path/'data', labels, {'0': 5, '1': 6, '2': 7}, micro_bs=3, size=32, num_workers=0)
     assert sorted(p.name for p in dls.photos['train']) == sorted(names)
     xy = [(x.shape, y.tolist()) for x, y in dls.valid]
     assert sum((y for _, y in xy), []) == [5 + names.index(p.name) % 3 for p in dls.photos['val']]
@@ -287,7 +287,7 @@ def test_labels_in_a_table(drawn):
     import pandas as pd
     labels, encoding = (json.loads(p.read_text()) for p in drawn[1:])
     table, index = pd.DataFrame(labels.items(), columns=['photo', 'label']), pd.DataFrame(encoding.items())
-    a, b = (resnet_dls(drawn.data_path, *two, size=32, bs=4, num_workers=0) for two in ((table, index), drawn[1:]))
+    a, b = (resnet_dls(drawn.data_path, *two, size=32, micro_bs=4, num_workers=0) for two in ((table, index), drawn[1:]))
     assert [y.tolist() for _, y in a.valid] == [y.tolist() for _, y in b.valid] and a.vocab == b.vocab
 
 

@@ -28,7 +28,7 @@ def halves(net): return [[*net.conv1.parameters(), *net.bn1.parameters()], [p fo
 def learner(photos, *cbs, schedule=None, groups=None, lr=.05):
     "Every epoch is a plateau; three updates an epoch"
     set_seed(3)
-    learn = resnet_learner(resnet_dls(*photos, bs=4, size=16, num_workers=0), 'cifar_resnet8', bs=4, lr=lr, patience=0, min_delta=10,
+    learn = resnet_learner(resnet_dls(*photos, micro_bs=4, size=16, num_workers=0), 'cifar_resnet8', bs=4, lr=lr, patience=0, min_delta=10,
                            schedule=schedule, precision='fp32', cbs=[*cbs])
     if groups: learn.splitter = groups
     return learn

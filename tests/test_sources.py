@@ -240,7 +240,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_imagenet_is_quick(tmp_path):
-    "20,000 photos in 100 folders: no more than a few times the processor's work of walking through them and touching a file for each"
+    "20,000 photos in 100 folders: less of the processor's time than to touch a file for each"
     wnids = [f'n{i:08}' for i in range(100)]
     for w in wnids:
         for split in ('train', 'val'): (tmp_path/'src'/split/w).mkdir(parents=True)
@@ -252,8 +252,7 @@ def test_imagenet_is_quick(tmp_path):
     for i in range(len(found)): (tmp_path/f'touched{i}').touch()
     plain, start = time.process_time() - start, time.process_time()
     from_imagenet(tmp_path/'src', tmp_path/'dest')
-    print('RATIO', plain, time.process_time() - start)
-    assert time.process_time() - start < 6*plain
+    assert time.process_time() - start < plain                            # a tenth of it, as measured
 
 
 def csv_tree(root, text, names=('a/1.jpg', 'a/2.jpg', 'b/1.jpg', 'b/3.jpg', 'c.jpg')):
@@ -418,7 +417,7 @@ def test_batches(tmp_path, fetched):
                 csv=(from_csv(csv_tree(tmp_path/'c', with_valid), tmp_path/'dc'), {'val/a/2.jpg': dog, 'val/b/3.jpg': cat}),
                 imagenette=(imagenette(tmp_path/'dn'), {f'val/{w}/{w}_9.JPEG': c for w, c in ten.items()}))
     for paths, rows in made.values():
-        dls = resnet_dls(*paths, bs=4, size=32, num_workers=0, device='cpu')
+        dls = resnet_dls(*paths, micro_bs=4, size=32, num_workers=0, device='cpu')
         targets = [int(t) for _, y in dls.valid for t in y]
         assert targets == [rows[p][1] for p in sorted(rows) if p.startswith('val/')]
         x, y = next(iter(dls.train))

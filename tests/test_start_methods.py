@@ -37,7 +37,7 @@ def main(method, folder, num_workers):
     said['small'] = len(list_photos(small))
     said['mean'] = ColorStats.fit(list_photos(f'{data[0]}/train'), num_workers=num_workers).mean.tolist()
     torch.manual_seed(1); random.seed(1); np.random.seed(1)
-    dls = resnet_dls(*data, n_out=1000, bs=8, size=32, lighting=0, num_workers=num_workers)
+    dls = resnet_dls(*data, n_out=1000, micro_bs=8, size=32, lighting=0, num_workers=num_workers)
     said['batches'], said['threads'] = batches(dls), dls.train.threads
     if num_workers != 0:
         model = ResNet(*data, arch='cifar_resnet8', bs=8, size=32, num_workers=num_workers)

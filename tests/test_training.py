@@ -164,6 +164,6 @@ def test_a_first_reading_of_the_photos_draws_nothing_from_the_seed(tmp_path):
     seen = []
     for _ in range(2):
         set_seed(3)
-        resnet_dls(*paths, bs=8, size=32, num_workers=0)
+        resnet_dls(*paths, micro_bs=8, size=32, num_workers=0)
         seen.append((torch.rand(1).item(), random.random(), np.random.rand()))
     assert seen[0] == seen[1]

@@ -259,9 +259,13 @@ class Photos:
 class PhotosDL(DataLoader):
     "A loader of `Photos`: a batch is one look into a tensor"
     most = math.inf                                                  # batches in the next epoch, if fewer than it has
+    raw = False                                                      # do its batches have to go through `make_batch` yet? A CUDA graph does that
 
-    def create_item(self, i): return i
-    def create_batch(self, idxs): return self.dataset[torch.tensor(idxs, device=self.dataset.x.device)]
+    def create_batches(self, samps):
+        "All numbers of an epoch go to the device at once: for each copy on its own a GPU would be waited for"
+        for idxs in torch.tensor(list(samps), dtype=torch.long, device=self.dataset.x.device).split(self.bs):
+            if len(idxs) == self.bs or len(idxs) and not self.drop_last: yield idxs if self.raw else self.make_batch(idxs)
+    def make_batch(self, idxs): return self.dataset[idxs]
     def to(self, device): return self                                # the photos are there already
 
     @property
@@ -284,9 +288,10 @@ def cifar_dls(
     if len(x) < bs: raise DataError(f"there are {len(x)} training photos; a batch needs {bs}")
     x, y, vx, vy = (t.to(device or default_device()) for t in (x, y, vx, vy))
     mean = (x.sum(0)/len(x)).float()/255
-    kwargs = dict(bs=bs, num_workers=0, device=x.device)
-    train = PhotosDL(Photos(x, y, mean, augment=True), shuffle=True, drop_last=True, **kwargs)
-    dls = DataLoaders(train, PhotosDL(Photos(vx, vy, mean), **kwargs))
+    kwargs = dict(num_workers=0, device=x.device)
+    valid_bs = bs if x.device.type == 'cpu' else max(bs, 1000)       # kernel launches are what evaluation on a GPU costs
+    train = PhotosDL(Photos(x, y, mean, augment=True), shuffle=True, drop_last=True, bs=bs, **kwargs)
+    dls = DataLoaders(train, PhotosDL(Photos(vx, vy, mean), bs=valid_bs, **kwargs))
     dls.labels, dls.vocab = LabelMap({}, {c: i for i, c in enumerate(data['classes'])}), data['classes']
     return dls
 
@@ -301,7 +306,7 @@ class LastUpdate(Callback):
 
 class Results(Callback):
     "Keep the run in a JSON file, whole after every epoch"
-    order, state_attrs = 90, ('spent',)                              # before the checkpoint
+    order, state_attrs, on_graph = 90, ('spent',), 'replay'          # before the checkpoint
     def __init__(self, file, about, quiet=True): self.file, self.about, self.quiet, self.spent = Path(file), about, quiet, 0
 
     def before_fit(self): self.last = time.process_time()
@@ -337,11 +342,13 @@ def cifar_learner(
     updates:int=paper_updates, # Of the whole run
     precision:str='fp32', # 'fp32', 'bf16' or 'fp16'
     cbs=(), # More callbacks
+    graph:bool|None=None, # Updates from a CUDA graph; None: on a GPU
 ): # A `ResumableLearner`; fit it for `epochs(dls, updates)` epochs
     "The paper's network and recipe: rate .1, momentum .9, decay .0001; a small rate first where there are 110 layers or more"
     cbs = [LastUpdate(updates), *([WarmUp(.01, .8)] if depth >= 110 else []), *cbs]
     return resnet_learner(dls, f'cifar_{kind}{depth}', bs=dls.train.bs, lr=.1, schedule=MultiStepLR(updates=drops(updates)),
-                          precision=precision, channels_last=precision != 'fp32', cbs=cbs)
+                          precision=precision, channels_last=precision != 'fp32', cbs=cbs,
+                          graph=dls.device.type == 'cuda' if graph is None else graph)
 
 
 def epochs(dls, updates): return math.ceil(updates/dls.train.whole)
@@ -423,6 +430,7 @@ def train(
     hold_out:int=0, # Training photos to evaluate on, in the place of the test photos
     cache:str|Path|None=None, # Where the decoded photos are kept
     bs:int=paper_bs, # Photos in a batch
+    every:int=500, # Updates between two checkpoints; one more follows each epoch
     quiet:bool=True, # A line an epoch in the place of progress bars
 ): # The learner
     "One run, from the beginning or from where it was stopped"
@@ -433,9 +441,10 @@ def train(
     name = f'{kind}{depth}-{updates}-{seed}' + (f'-{hold_out}' if hold_out else '')
     told = about(dls, depth, kind, updates, seed, precision, hold_out) | dict(data=data['about'])
     results = Results(out or Path(__file__).parent/'results'/f'{name}.json', told, quiet)
-    keep = Checkpoint(run_folder or root/'runs'/'cifar10'/name, every=500)
+    keep = Checkpoint(run_folder or root/'runs'/'cifar10'/name, every=every)
     learn = cifar_learner(dls, depth, kind, updates, precision, [results, keep])
-    results.about |= dict(parameters=count_params(learn.model), macs=count_macs(learn.model, 32))
+    results.about |= dict(parameters=count_params(learn.model), macs=count_macs(learn.model, 32), graph=hasattr(learn, 'cuda_graph'),
+                          tf32=dls.device.type == 'cuda' and precision == 'fp32' and torch.backends.cudnn.allow_tf32)
     if not quiet: learn.resume(epochs(dls, updates)); return learn
     with learn.no_bar(), learn.no_logging(): learn.resume(epochs(dls, updates))
     return learn

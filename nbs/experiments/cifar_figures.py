@@ -70,7 +70,7 @@ def without_each_block(net, x, y, bs=100): # y: labels
     for xb, yb in zip(x.split(bs), y.split(bs)):
         h = net.relu(net.bn1(net.conv1(published_input(xb))))
         for i, (k, b) in enumerate(blocks):
-            wrong[k] += (rest(b.shortcut(h), i + 1).argmax(1) != yb).sum().item()
+            wrong[k] += (rest(b.downsample(h), i + 1).argmax(1) != yb).sum().item()
             h = b(h)
     return [dict(block=k, error=n/len(x)) for k, n in wrong.items()]
 

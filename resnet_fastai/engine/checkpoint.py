@@ -24,7 +24,7 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 
-from .files import DataError, atomic_write
+from .files import DataError, atomic_write, sync_folder
 from .finite import _what_stands, LossError
 from .lock import lock_folder, unlock_folder
 from .precision import Precision
@@ -120,6 +120,7 @@ def _remembered(
 class ResumableLearner(Learner):
     "A `Learner` whose fit can begin in the middle, and which ends its update before it obeys Ctrl-C"
     first_epoch,rest,stopping,decay,spec,call = 0,None,False,'weights',None,None
+    weights,restored,protocol,one_cycle = None,None,'50crop',False        # what it began with, the epoch it went back to, how it predicts
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -469,6 +470,7 @@ class Checkpoint(Callback):
         best:bool=False, # Is it the best so far?
     ):
         "Write a checkpoint; a `DataError` where that fails, a `LossError` where the weights are no numbers"
+        if hasattr(self.learn, 'cuda_graph'): self.learn.cuda_graph.flush()     # its losses are logged on the device
         if not all(torch.isfinite(v).all() for v in _net(self.learn).state_dict().values()):
             lr = self.opt.hypers[-1]['lr']
             raise LossError(f"the weights are no numbers any more after epoch {epoch}, batch {batch}, at the rate {lr:.4g}. "
@@ -577,10 +579,7 @@ def _on_rank0(learn, f): return learn.many_processes.on_rank0(f) if hasattr(lear
 def _write_through(path, data):
     "Put bytes in the place of a file, whole or not at all, even if the power fails"
     with atomic_write(path) as part: part.write_bytes(data)
-    if hasattr(os, 'O_DIRECTORY'):
-        fd = os.open(path.parent, os.O_DIRECTORY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
+    sync_folder(path.parent)
 
 
 def read_checkpoint(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ['text_of', 'normal_text', 'normal_id', 'normal_ids', 'photo_ids']
+__all__ = ['text_of', 'normal_text', 'normal_id', 'normal_ids', 'photo_ids', 'find_in']
 
 
 def text_of(
@@ -57,3 +57,15 @@ def photo_ids(
         tail = '/'.join(parts[k:])
         yield tail
         yield os.path.splitext(tail)[0]
+
+
+def find_in(
+    ids, # A set or dict of ids
+    path: str|Path, # A photo's path
+    depth: int, # Folders that one of the ids names, at most
+) -> str|None: # None where no id fits
+    "The most specific id of a photo that is among `ids`"
+    if depth == 0:                                                    # the usual case, a million times: ids without folders
+        name = normal_id(os.path.basename(path))
+        return name if name in ids else stem if (stem := os.path.splitext(name)[0]) in ids else None
+    return next((i for i in photo_ids(path, depth) if i in ids), None)

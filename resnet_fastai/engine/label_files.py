@@ -90,6 +90,34 @@ def check_known(
                               f"({len(lost):,} of {len(labels):,} ids; first: {quote(lost[0])}); add it there")
 
 
+def refuse_twins(
+    photos:list, # Paths
+    ids:list, # The id of each, None where it has none
+    name:str, # Of the label file
+):
+    "A `LabelError` where two photos go by one id"
+    claimed = {}
+    for p,i in zip(photos, ids):
+        if i is not None and (other := claimed.setdefault(i, p)) is not p:
+            raise LabelError(f"both {other} and {p} claim the id {quote(i)} of {name}; tell them apart by their paths, "
+                             f"like {'/'.join(Path(p).parts[-3:])!r}")
+
+
+def refuse_orphans(
+    orphans:list, # Paths of photos without a label
+    n:int, # How many photos need one
+    labels:dict, # {image id: label}
+    name:str, # Of the label file
+):
+    "A `LabelError` where a photo that needs a label has none"
+    if not orphans: return
+    if len(orphans) < n:
+        raise LabelError(f"{Path(orphans[0]).name!r} has no label in {name} ({len(orphans):,} of {n:,} photos; "
+                         f"first: {orphans[0]}); label them, move them away, or pass on_bad='skip' to train without them")
+    raise LabelError(f"{name} names none of the {n:,} photos: its ids look like "
+                     f"{quote(next(iter(labels), 'nothing, it is empty'))}, the photos like {orphans[0]}")
+
+
 def alike(
     labels, # Texts
 ) -> list: # Of (label, label)

@@ -58,6 +58,18 @@ class PhotoList:
                                                np.concatenate([self.codes, other.codes]), self.vocab)
     def texts(self): return (os.path.join(self.root, os.fsdecode(n)) for n in self.names)
 
+    def look_up(self,
+        find_id, # A photo's path → its id, or None
+        labels:dict, # {id: label}
+        vocab, # The labels that there are
+    ) -> bool: # Do two photos go by one id?
+        "Give each photo its label, where it has one"
+        code = {label: i for i,label in enumerate(vocab)}
+        look = ((-1, 0) if (i := find_id(p)) is None else (code[labels[i]], hash(i)) for p in self.texts())     # hashes, not a million ids
+        codes, hashes = np.fromiter(look, np.dtype('i8,i8'), len(self)).view('i8').reshape(-1, 2).T
+        self.vocab, self.codes = tuple(code), codes.astype(np.int32)
+        return len(np.unique(hashes[codes >= 0])) < (codes >= 0).sum()
+
     def __getitem__(self, i):
         if isinstance(i, slice) or np.ndim(i):
             if not isinstance(i, slice): i = np.asarray(i, dtype=None if len(i) else int)
@@ -121,6 +133,7 @@ def _finish(tmp, dest, labels, encoding):
     write_json(tmp/'labels.json', labels)
     write_json(tmp/'encoding.json', encoding)
     tmp.chmod(0o777 & ~_umask())
+    with suppress(OSError): dest.rmdir()                              # an empty one, which Windows does not replace
     tmp.replace(dest)
     return DataPaths(dest, dest/'labels.json', dest/'encoding.json')
 

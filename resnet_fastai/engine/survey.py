@@ -1,10 +1,16 @@
-"""Read every photo once: the sums of which its colour statistics are made, and which ones are bad."""
+"""Read every photo once: the sums of which its colour statistics are made, and which ones are bad; and keep what was found."""
+import hashlib
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .files import PhotoError
+from .cache import cache_folder
+from .files import PhotoError, write_json
 from .loader import each_photo
 from .photo import Photo
 
@@ -59,3 +65,40 @@ def _sum(moments, bad):
     n = int((moments[:,3,3] > 0).sum())
     if not n: raise PhotoError(f"none of the {len(moments):,} photos can be read; first: {next(iter(bad.values()), 'there is none')}")
     return moments.sum(0), n
+
+
+# What a first reading has found is kept under a name made from path, size and time of every photo: it is found while nothing changes
+
+def survey_file(
+    photos, # Paths
+) -> Path: # Of a JSON file in the user's cache
+    "Where the findings on these photos are kept"
+    digest = hashlib.sha256()
+    for p in (os.path.abspath(p) for p in photos):
+        try: was = (at := os.stat(p)).st_size, at.st_mtime_ns
+        except OSError: was = None                                                # a link that leads nowhere
+        digest.update(f'{p}\0{was}\n'.encode('utf-8', 'surrogateescape'))
+    return cache_folder()/'color_stats'/f'{digest.hexdigest()[:24]}.json'
+
+
+def kept_survey(
+    file:Path, # Of `survey_file`
+) -> tuple|None: # (summed moments (4,4), photos in them, places of the photos that could not be read); None where nothing usable is kept
+    "What `keep_survey` wrote"
+    try:
+        kept = json.loads(file.read_text(encoding='utf-8'))
+        return np.array(kept['moments'], float).reshape(4, 4), int(kept['n_photos']), np.array(kept['bad'], int)
+    except (OSError, ValueError, TypeError, KeyError): return None
+
+
+def keep_survey(
+    file:Path, # Of `survey_file`
+    moments:np.ndarray, # (4,4), summed over the training photos that could be read
+    n_photos:int, # How many these are
+    bad, # Places of the photos that could not be read: they are tried again
+):
+    "Keep what was found, where that is possible"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, dict(moments=moments.tolist(), n_photos=n_photos, bad=sorted(bad)))
+    except OSError: pass                                                          # a read-only home costs time, not the run

@@ -9,6 +9,7 @@ __all__ = ['read_synsets', 'label_synsets', 'read_ground_truth', 'from_imagenet'
 
 # %% ../../nbs/practice/sources.ipynb #adaec724
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from io import BytesIO
@@ -21,6 +22,7 @@ from fastai.data.external import URLs, untar_data
 from scipy.io import loadmat
 
 from ..engine.class_folders import from_folders
+from ..engine.fetch import resolve_data
 from ..engine.files import DataError, LabelError, read_json_object
 from ..engine.layout import DataPaths, _finish, _new_folder, _scan, link_photo, list_photos
 from .exports import from_export
@@ -240,6 +242,7 @@ def _fetch_imagenette(size):
     urls = {160: URLs.IMAGENETTE_160, 320: URLs.IMAGENETTE_320, None: URLs.IMAGENETTE}
     if size not in urls: raise DataError(f"size is {size!r}; Imagenette comes with short sides of 160 or 320 pixels, or whole (None)")
     try: return untar_data(urls[size])
+    except PermissionError: return resolve_data(urls[size])              # no home that fastai could write to
     except OSError as e: raise DataError(f"{urls[size]} cannot be fetched: {getattr(e, 'reason', None) or e}") from None
 
 # %% ../../nbs/practice/sources.ipynb #cec4239a

@@ -44,12 +44,16 @@ measure = """async () => {
   await Promise.all(all('main img').map(i => i.decode().catch(() => 0)));
   for (const d of all('main details')) d.open = true;
   const seen = e => e.getBoundingClientRect().height > 0, column = document.querySelector('main').getBoundingClientRect();
-  const broken = all('main td, main th, main .paper div div').filter(e => {
-    const words = e.innerText.split(/[^\\w]+/).filter(w => w.length > 3), range = document.createRange();
-    range.selectNodeContents(e);                                     // the text itself: a cell is as high as its row
-    const lines = range.getBoundingClientRect().height/(parseFloat(getComputedStyle(e).fontSize)*1.3);
-    return seen(e) && words.length && lines > 4 && e.innerText.length/lines < 4;
-  });
+  const lettered = e => {                                            // is a word on so many lines that it is read letter by letter?
+    const walk = document.createTreeWalker(e, NodeFilter.SHOW_TEXT), range = document.createRange();
+    for (let node; node = walk.nextNode();) for (const m of node.data.matchAll(/\\w{4,}/g)) {
+      range.setStart(node, m.index); range.setEnd(node, m.index + m[0].length);
+      const lines = new Set([...range.getClientRects()].map(r => Math.round(r.top))).size;
+      if (lines > 2 && m[0].length/lines < 4) return true;
+    }
+    return false;
+  };
+  const broken = all('main td, main th, main .paper div div').filter(e => seen(e) && lettered(e));
   return {
     heads: all('h1').map(h => h.innerText.trim()), tab: document.title, said: text('main').length, active: text('#quarto-sidebar a.sidebar-link.active'),
     pictures: all('main img').map(i => i.naturalWidth), silent: all('main img').filter(i => !i.alt.trim()).length,
