@@ -78,6 +78,7 @@ def five_boxes(
 class ScaleJitterCrop(RandTransform):
     "Random scale and crop, half mirrored; in validation the centre at `min_side`"   # §3.4
     split_idx,order = None,1
+    rng = random              # loaders seed it in each worker; `PhotoDL` gives each photo its own
     def __init__(self,
         size:int=224, # Side of the crop, pixels
         min_side:int|None=None, # Shortest short side, pixels; None: 256 in proportion to size/224
@@ -88,7 +89,6 @@ class ScaleJitterCrop(RandTransform):
         super().__init__(**kwargs)
         self.size, self.p_mirror = size, p_mirror
         self.min_side, self.max_side = jitter_sides(size, min_side, max_side)
-        self.rng = random.Random(random.getrandbits(64))  # `PhotoDL` seeds it for each photo
 
     def before_call(self, b, split_idx:int): self.do, self.train = True, split_idx == 0
 

@@ -18,16 +18,18 @@ import numpy as np
 import pandas as pd
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from fastai.torch_core import default_device, num_distrib, rank_distrib, set_seed
+from fastai.torch_core import default_device, rank_distrib, set_seed
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from . import inference
 from .data import resnet_dls
+from .engine import fine_tuning
 from .engine.distributed import distribute
 from .engine.files import DataError, PhotoError
+from .engine.weight_sources import read_weights
 from .inference import predict_probs
-from .practice import look, predict_folder, share
+from .practice import look, predict_folder, protocol, share
 from .practice.look import require_trained, top_labels
 from .training import Checkpoint, resnet_learner
 
@@ -47,9 +49,9 @@ class ResNet:
         data_path:str|Path, # Folder with train/ and val/ (perhaps test/), or the URL of an archive
         label_path:str|Path, # JSON {image id: label}
         label_encoding:str|Path, # JSON {label: index}
-        arch:str='resnet50', # A name that `build_net` knows
-        bs:int=256, # Photos in an update
-        micro_bs:int=32, # Photos that pass the network at a time; `bs` is a multiple, or smaller
+        arch:str|None=None, # A name that `build_net` knows; None: the weights' own, or resnet50
+        bs:int|None=None, # Photos in an update; None: 256, or 32 from weights
+        micro_bs:int=32, # Photos that pass the network at a time, in each process
         seed:int|None=42, # Fixes every draw; None leaves the generators alone
         net_args:dict|None=None, # More for `build_net`: stride_at, shortcut, zero_init_residual
         run_folder:str|Path|None=None, # Where checkpoints and history.csv go; None: nowhere
@@ -58,9 +60,12 @@ class ResNet:
         sync_bn:bool=False, # With several GPUs: BN over the photos of all of them
         **kwargs
     ):
-        micro_bs = min(micro_bs, max(bs//max(num_distrib(), 1), 1))
-        if bs < 1 or micro_bs < 1 or bs % micro_bs:
-            raise DataError(f"bs={bs} is not a multiple of micro_bs={micro_bs}")
+        if (weights := kwargs.get('weights')) is not None:
+            weights = kwargs['weights'] = read_weights(weights, arch)
+            kwargs = dict(n_out=None, size=weights.size or 224) | kwargs
+        bs = (256 if weights is None else 32) if bs is None else bs
+        if bs < 1 or micro_bs < 1:
+            raise DataError(f"bs={bs} and micro_bs={micro_bs} must be 1 or more")
         if seed is not None: set_seed(seed)
         recipe = {k: kwargs.pop(k) for k in signature(resnet_learner).parameters if k in kwargs}
         dls = resnet_dls(data_path, label_path, label_encoding, micro_bs=micro_bs, **kwargs)
@@ -79,6 +84,12 @@ class ResNet:
     def net(self): return self.learn.model if self.learn else self._loaded.net
     @property
     def history(self): return self.learn.history.df if self.learn else self._loaded.history
+    @property
+    def protocol(self): return self.trained.protocol    # how it predicts, as `evaluate` names it
+    @protocol.setter
+    def protocol(self, name):
+        if self.learn: self.learn.protocol = name
+        else: self._loaded = self._loaded._replace(protocol=name)
     def __repr__(self):
         about = f'{self.arch}, {len(self.labels)} labels, size {self.size}'
         return f'ResNet({about}, {len(self.history)} epochs)'
@@ -96,14 +107,43 @@ def _one_line_errors():
 def fit(self:ResNet,
     epochs:int=5, # Passes over the training photos; with `resume`, those of the whole run
     resume:bool=False, # Go on from the newest checkpoint in `run_folder`; begin where there is none
+    restore_best:bool=False, # Go back to the weights of the epoch with the smallest validation loss
 ) -> pd.DataFrame: # A row an epoch: epoch, train_loss, valid_loss, top1_error, top5_error, lr, …
     "Train, or train on"
-    if self.learn is None: raise DataError("a loaded model has no photos to train on; make a "
-                                           "ResNet(data_path, label_path, label_encoding)")
     if type(epochs) is not int or epochs < 1:
         raise DataError(f"epochs is {epochs!r}; it must be a whole number from 1 on")
-    with _one_line_errors(): (self.learn.resume if resume else self.learn.fit)(epochs)
+    return self._trained_by(fine_tuning.fit_on_schedule, restore_best, epochs=epochs, resume=resume)
+
+@patch
+def _trained_by(self:ResNet, way, restore_best, **kwargs):
+    if self.learn is None: raise DataError("a loaded model has no photos to train on; "
+        "model.on(data_path, label_path, label_encoding) makes one that starts from its weights")
+    with _one_line_errors(): fine_tuning.keeping_best(self.learn, way, restore_best, **kwargs)
+    protocol.remark(self.learn)
     return self.history
+
+# %% ../nbs/06_core.ipynb #02c1f57b
+@patch
+@delegates(fine_tuning.fine_tune)
+def fine_tune(self:ResNet,
+    epochs:int=5, # Passes over the training photos with all layers, after those with the head alone
+    restore_best:bool=False, # Go back to the weights of the epoch with the smallest validation loss
+    **kwargs
+) -> pd.DataFrame: # As for `fit`
+    "From weights to your photos: the head first, then all layers, more slowly towards the stem"
+    return self._trained_by(fine_tuning.fine_tune, restore_best, epochs=epochs, **kwargs)
+
+@patch
+@delegates(ResNet)
+def on(self:ResNet,
+    data_path:str|Path, # Folder with train/ and val/ (perhaps test/), or the URL of an archive
+    label_path:str|Path, # JSON {image id: label}
+    label_encoding:str|Path|None=None, # JSON {label: index}; None: this model's own
+    **kwargs
+) -> ResNet: # Another model, which can be trained; this one stays as it is
+    "Start from this model's weights, mean and crop size; labels of the same name keep their row"
+    encoding = self.labels.encoding if label_encoding is None else label_encoding
+    return ResNet(data_path, label_path, encoding, weights=self, **kwargs)
 
 # %% ../nbs/06_core.ipynb #69f9e34d
 @delegates(ResNet)
@@ -125,11 +165,11 @@ def train(
 @patch
 def predict(self:ResNet,
     image, # A photo (path, URL, bytes, PIL image, array), a list of these, or a folder
-    **kwargs, # For `predict_probs`: scales, lighting, bs, precision
+    **kwargs, # For `predict_probs`: protocol, scales, lighting, bs, precision
 ) -> np.ndarray: # (n_out,) float32 that sums to 1; for a list or folder a row each
-    "The probabilities of a photo, averaged over its 50 crops"
+    "The probabilities of a photo, averaged over 50 crops, or as `choose_protocol` has chosen"
     t = require_trained(self)
-    return predict_probs(t.net, image, t.stats, t.size, **kwargs)
+    return predict_probs(t.net, image, t.stats, t.size, **dict(protocol=t.protocol) | kwargs)
 
 @patch
 def predict_n(self:ResNet,
@@ -154,6 +194,15 @@ def evaluate(self:ResNet, **kwargs) -> pd.DataFrame: # A row a protocol (and cla
     return inference.evaluate(self, **kwargs)
 
 @patch
+@delegates(protocol.choose_protocol)
+def choose_protocol(self:ResNet,
+    protocols:list|None=None, # As for `evaluate`; None: the paper's, and at the training's scales
+    **kwargs
+) -> pd.DataFrame: # A row a protocol, the choice first: error, its interval, log loss, crops
+    "Measure protocols on the validation photos; predictions follow the best, also in a saved model"
+    return protocol.choose_protocol(self, protocols, **kwargs)
+
+@patch
 @delegates(predict_folder.predict_folder)
 def predict_folder(self:ResNet,
     photos:str|Path|list, # A folder, searched to the bottom, or a list of paths
@@ -175,7 +224,7 @@ def save(self:ResNet,
 def load(cls:ResNet,
     folder:str|Path, # What `save` wrote
     device=None, # Where it predicts; None: the GPU where there is one
-) -> ResNet: # Predicts; it has no photos to train on
+) -> ResNet: # Predicts; `on` gives it photos to train on
     "Load a saved model; runs no code of the file's. A `DataError` where it is not whole"
     return cls._from(share.load_model(folder), device)
 

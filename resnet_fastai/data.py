@@ -29,7 +29,7 @@ from .engine.label_files import (check_known, read_encoding, read_labels,
 from .engine.layout import PhotoList, split_photos
 from .engine.loader import join_processes, local_rank0_first, PhotoBlock, PhotoDL
 from .engine.photo import Photo
-from .engine.survey import (_fail_or_skip, _sum, keep_survey, kept_survey,
+from .engine.survey import (_fail_or_skip, keep_survey, kept_survey,
                                          scan_photos, survey_file)
 
 # %% ../nbs/03_data.ipynb #4a0bcdc8
@@ -84,10 +84,12 @@ def match(self:LabelMap,
 
 @patch
 def vocab(self:LabelMap,
-    n_out:int=1000, # Outputs of the network
+    n_out:int|None=1000, # Outputs of the network; None: the largest index and one more
 ) -> list: # `n_out` names; entry i names output i
     "The name of each output; a `LabelError` where an index does not fit"
-    if (top := max(self.by_index)) < n_out:
+    top = max(self.by_index)
+    n_out = top + 1 if n_out is None else n_out
+    if top < n_out:
         return [self.by_index.get(i, f'(unused {i})') for i in range(n_out)]
     raise LabelError(f"{self.encoding_name} gives {quote(self.by_index[top])} the index {top}, "
                      f"which does not fit in {n_out} outputs (0 to {n_out-1}); "
@@ -126,17 +128,21 @@ def read_stats(
     "Read all training and validation photos once: colours of the training set, and bad photos"
     paths, n = photos['train'] + photos['val'], len(photos['train'])
     file = survey_file(paths.texts())
-    if (kept := kept_survey(file, ColorStats)) is None:
-        moments, bad = scan_photos(paths, num_workers)
-        _fail_or_skip(bad, len(paths), on_bad)
-        kept = ColorStats.from_moments(*_sum(moments[:n], bad)), bad
-        keep_survey(file, *kept)
-    else: _fail_or_skip(kept[1], len(paths), on_bad)
+    total, count, rest = kept_survey(file) or (np.zeros((4, 4)), 0, np.arange(len(paths)))
+    moments, bad = np.zeros((0, 4, 4)), {}
+    if len(rest): moments, bad = scan_photos(paths[rest], num_workers)       # what failed is tried again
+    bad, own = {int(rest[i]): why for i,why in bad.items()}, moments[rest < n]
+    total, count = total + own.sum(0), count + int((own[:,3,3] > 0).sum())
+    if len(bad) < len(rest) or not file.exists(): keep_survey(file, total, count, bad)
+    _fail_or_skip(bad, len(paths), on_bad)
+    if not count:
+        raise PhotoError(f"none of the {n:,} training photos can be read; first: {bad[min(bad)]}")
     good = np.ones(len(paths), bool)
-    good[list(kept[1])] = False
+    good[list(bad)] = False
     if not good[n:].any():
         raise PhotoError(f"none of the {len(paths)-n:,} validation photos can be read")
-    return kept[0], {**photos, 'train': photos['train'][good[:n]], 'val': photos['val'][good[n:]]}
+    photos = photos | {'train': photos['train'][good[:n]], 'val': photos['val'][good[n:]]}
+    return ColorStats.from_moments(total, count), photos
 
 # %% ../nbs/03_data.ipynb #4d6cd480
 def recipe(
@@ -152,7 +158,7 @@ def recipe(
 def photo_block(
     labels:LabelMap, # Gives each photo its label
     n_train:int, # The first so many photos are for training, the rest for validation
-    n_out:int=1000, # Outputs of the network
+    n_out:int|None=1000, # Outputs of the network; None: the largest index and one more
     item_tfms:list=None, # One photo → a crop
     batch_tfms:list=None, # A batch of crops, 8-bit RGB on the device → what the network sees
 ) -> DataBlock: # Takes a `PhotoList` or a list of paths
@@ -192,7 +198,7 @@ def resnet_dls(
     size:int=224, # Side of the crop, pixels
     min_side:int|None=None, # Shortest short side, pixels; None: 256 in proportion to size/224
     max_side:int|None=None, # Longest short side, pixels; None: 480 in proportion to size/224
-    n_out:int=1000, # Outputs of the network; every index must be smaller
+    n_out:int|None=1000, # Outputs of the network; None: the largest index and one more
     stats=None, # `ColorStats`; None: those of this training set
     lighting:float=.1, # Standard deviation of the PCA lighting's alphas; 0: none
     on_bad:str='error', # 'error' or 'skip': about photos unreadable or without a label

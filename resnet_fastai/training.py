@@ -32,8 +32,11 @@ from fastcore.foundation import L
 from .engine.checkpoint import Checkpoint, ResumableLearner
 from .engine.cuda_graph import CudaGraph
 from .engine.files import DataError
+from .engine.fine_tuning import FrozenBN, stage_groups
 from .engine.finite import FiniteLoss
 from .engine.precision import fast_precision, Precision
+from .engine.weight_sources import read_weights
+from .engine.weights import start_from
 from .model import build_net
 
 # %% ../nbs/04_training.ipynb #a260c9ab
@@ -73,7 +76,8 @@ class Accumulate(Callback):
     def before_train(self):
         dl = self.dls.train
         self.count,self.world_size,at_once = 0,getattr(dl, 'world_size', 1),getattr(dl, 'bs', getattr(dl, 'batch_size', None))
-        if len(dl) > 1 and at_once and self.bs % at_once:
+        if hasattr(dl, 'photos_in'): dl.update = self.bs # a `PhotoDL` gives each update its photos, whatever passes at a time
+        elif len(dl) > 1 and at_once and self.bs % at_once:
             raise DataError(f"an update of bs={self.bs} photos is no multiple of the loader's {at_once}; make the loaders with a divisor of bs")
         self.sizes = dl.photos_in() if self.world_size > 1 else None
         self.opt.zero_grad()                             # a run that broke off may have left half an update's gradients
@@ -119,7 +123,7 @@ def default_lr(
 # %% ../nbs/04_training.ipynb #40da280a
 class RateDrop(Callback):
     "What divides the rate by `factor` at some time, unless a schedule sets it; `drops` tells when and why"
-    order,state_attrs = 60,('drops',)                          # after the Recorder has the epoch's values; what a checkpoint carries
+    order,part_of_run,state_attrs = 60,True,('drops',)     # after the Recorder has the epoch's values; what a checkpoint carries
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
@@ -190,21 +194,21 @@ class MultiStepLR(RateDrop):
         factor:float=10, # What the rate is divided by
     ):
         if bool(epochs) == bool(updates): raise DataError("MultiStepLR needs epochs=(…) or updates=(…), one of the two")
-        self.at,self.unit,self.factor,self.drops,self.done = {*(epochs or updates)},'epochs' if epochs else 'updates',factor,[],0
+        self.epochs,self.updates,self.factor,self.drops,self.done = tuple(epochs),tuple(updates),factor,[],0
 
     def before_batch(self): self.stepped = False
     def after_step(self): self.stepped = True
     def after_batch(self):
         if self.training and self.stepped: self.count('updates')
     def count(self, unit='epochs'):
-        if unit != self.unit: return
+        if not getattr(self, unit): return
         self.done += 1
-        if self.done in self.at: self.drop(f'{self.done:,} {unit} are done')
+        if self.done in self.epochs + self.updates: self.drop(f'{self.done:,} {unit} are done')
 
 # %% ../nbs/04_training.ipynb #f4270806
 class WarmUp(Callback):
     "A small rate until the training error, the mean of the last `window` batches, falls below `until`"      # §4.2
-    order,run_valid,state_attrs = 61,False,('errors', 'over')
+    order,run_valid,part_of_run,state_attrs = 61,False,True,('errors', 'over')
     def __init__(self,
         lr:float=.01, # The rate until then; afterwards it is the learner's own
         until:float=.8, # Training error, 0 to 1
@@ -280,17 +284,19 @@ def after_replays(self:History, iters, losses, wrong, seen):
 # %% ../nbs/04_training.ipynb #bcf101b9
 def resnet_learner(
     dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos, classes and a `vocab`
-    arch:str='resnet50', # A name that `build_net` knows
+    arch:str|None=None, # A name that `build_net` knows; None: that of the weights, or resnet50
     bs:int=256, # Photos in an update
     lr:float|None=None, # Initial learning rate; None: .1 at bs=256, and in proportion
     patience:int=3, # Epochs without a better validation loss before the rate falls
     min_delta:float=1e-4, # The least decrease of the validation loss that counts as better
-    schedule=None, # A callback that moves the rate, like `MultiStepLR`; None: `PlateauLR(patience=patience, min_delta=min_delta)`
+    schedule=None, # 'one_cycle', or a callback that moves the rate, like `MultiStepLR`; None: `PlateauLR(patience, min_delta)`
     decay:str='weights', # What decays: 'weights', 'conv_fc' (and the last layer's bias) or 'all' (and BN)
     opt_func=paper_sgd, # Or `caffe_sgd`
     precision:str|None=None, # Of the convolutions: 'fp32', 'bf16' or 'fp16'; None: 'bf16' where the hardware computes in it
     channels_last:bool|None=None, # The colours of a pixel side by side in memory; None: on a CPU, and in 16 bits
     compile:bool=False, # Let PyTorch compile the network: a slow first batch, faster ones later
+    weights=None, # What to start from, as `read_weights` takes it: 'imagenet', a file, a folder, a `ResNet`; None: drawn anew
+    train_bn:bool=True, # While layers are frozen, their BN goes on learning; False: it keeps weights and statistics
     graph:bool=False, # Replay updates from a CUDA graph: for small networks on a GPU
     cbs=None, # More fastai callbacks
     metrics=None, # More metrics, beside `top1_error` and `top5_error`
@@ -307,15 +313,21 @@ def resnet_learner(
     if precision not in ('fp32', 'bf16', 'fp16'): raise DataError(f"precision is {precision!r}; it must be 'fp32', 'bf16' or 'fp16'")
     if channels_last is None: channels_last = device.type == 'cpu' or precision != 'fp32'
     metrics = [top1_error] + ([top5_error] if len(getattr(dls, 'labels', dls.vocab)) > 5 else []) + list(L(metrics))
-    cbs = [Accumulate(bs), schedule or PlateauLR(patience=patience, min_delta=min_delta), History(), FiniteLoss(),
-           Precision(precision, channels_last), *L(cbs)]
+    if isinstance(schedule, str) and schedule != 'one_cycle': raise DataError(f"schedule is {schedule!r}; it must be 'one_cycle' or a callback")
+    mover = PlateauLR(patience=patience, min_delta=min_delta) if schedule in (None, 'one_cycle') else schedule
+    cbs = [Accumulate(bs), mover, FrozenBN(), History(), FiniteLoss(), Precision(precision, channels_last), *L(cbs)]
+    weights = None if weights is None else read_weights(weights, arch)
+    arch,kwargs = arch or getattr(weights, 'arch', 'resnet50'),getattr(weights, 'net_args', {}) | kwargs
     net = build_net(arch, n_out=len(dls.vocab), **kwargs)
+    started = start_from(net, dls, weights, kwargs)
     if channels_last: net = net.to(memory_format=torch.channels_last)
     if compile: net.compile()                               # in place: the names of the weights stay
     if graph: cbs.append(CudaGraph())
     learn = ResumableLearner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,
-                             lr=default_lr(bs) if lr is None else lr, metrics=metrics, wd_bn_bias=decay != 'weights', cbs=cbs)
-    learn.decay,learn.spec = decay,dict(arch=arch, **kwargs) | ({} if learn.precision.kind == 'fp32' else dict(precision=learn.precision.kind))
+                             lr=default_lr(bs) if lr is None else lr, metrics=metrics, wd_bn_bias=decay != 'weights',
+                             train_bn=train_bn, splitter=stage_groups, cbs=cbs)
+    learn.decay,learn.weights,learn.one_cycle,kind = decay,started,schedule == 'one_cycle',learn.precision.kind
+    learn.spec = dict(arch=arch, **kwargs) | ({} if kind == 'fp32' else dict(precision=kind)) | (dict(weights=started['sha256']) if started else {})
     return learn
 
 # %% ../nbs/04_training.ipynb #38b23560

@@ -15,19 +15,20 @@ import pytest
 import torch
 import torchvision
 from fastai.torch_core import set_seed
+from PIL import ImageOps
 from torchvision import transforms as T
 from torchvision.transforms.functional import hflip, to_tensor
 
 from patience import until
 from resnet_fastai import inference
-from resnet_fastai.augment import ColorStats
+from resnet_fastai.augment import ColorStats, resize_short
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import LabelMap
 from resnet_fastai.engine.demo_photos import draw_photo
 from resnet_fastai.engine.files import DataError
 from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.engine.photo import open_photo
-from resnet_fastai.inference import _whole, dense_probs, evaluate, predict_probs
+from resnet_fastai.inference import dense_probs, evaluate, paper_scales, predict_probs
 from resnet_fastai.practice.predict_folder import predict_folder
 from resnet_fastai.model import build_net
 
@@ -57,6 +58,12 @@ def plain(net, img, size=64, mean=stats.mean):
 
 
 def close(a, b, atol=1e-5): np.testing.assert_allclose(a, b, atol=atol, rtol=0)
+
+
+def _whole(img, size):
+    "Photo and mirror image, (2,3,H,W) uint8, at each of the five scales"
+    pairs = [np.stack([im, ImageOps.mirror(im)]) for im in (resize_short(img, s) for s in paper_scales(size))]
+    return [torch.from_numpy(p).permute(0, 3, 1, 2) for p in pairs]
 
 
 @pytest.mark.paper('3.3-head', '3.4-ten-crop', '3.4-scales')

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastai.data.core import TfmdDL
+from fastai.torch_core import set_seed
 from PIL import Image, ImageOps, features
 
 from resnet_fastai.augment import ColorStats, ScaleJitterCrop, five_boxes, random_box, resize_short
@@ -325,3 +327,62 @@ def test_fastai_goes_on_working(drawn):
     dls.show_batch(max_n=4)
     dls.train_ds[0][0].show()
     plt.close('all')
+
+
+# ---- crops that are drawn in a loader of somebody else's
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_crops_outside_photodl_are_new_in_each_epoch_and_worker(workers):
+    "One photo, 24 times: with 2 workers and 2 epochs no two crops are alike; the same seed draws them again"
+    photo = Photo(Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3)).astype(np.uint8)))
+    class Items(list):
+        split_idx = 0
+        def __getitem__(self, i): return (photo, i)
+    def drawn():
+        set_seed(7)
+        dl = TfmdDL(Items(range(24)), bs=4, num_workers=workers, after_item=[ScaleJitterCrop(16, min_side=24, max_side=60)])
+        return [x.numpy().tobytes() for _ in range(2) for xs, _ in dl for x in xs]
+    one, two = drawn(), drawn()
+    assert len(one) == 48 and len({*one}) > 46 and one == two
+
+
+def test_a_photodl_leaves_pythons_generator_alone(drawn):
+    dls = resnet_dls(*drawn, bs=4, size=16, num_workers=0)
+    state = random.getstate()
+    list(dls.train)
+    assert random.getstate() == state
+    tfm = next(t for t in dls.train.after_item.fs if isinstance(t, ScaleJitterCrop))
+    assert tfm.rng is random
+
+
+# ---- what is kept of a first look
+
+def test_a_photo_that_could_not_be_read_is_tried_again(drawn, monkeypatch, tmp_path):
+    "Neither the disk's error nor the advice that was followed is remembered; the others are not decoded again, and the colours are those of all"
+    from resnet_fastai.engine import survey
+    monkeypatch.setenv('FASTAI_HOME', str(tmp_path/'home'))
+    asked, ill, right = [], {'train_00003.jpg', 'val_00001.jpg'}, Photo.pixels
+    def pixels(self, *args):
+        asked.append(Path(self.name.strip("'")).name)
+        if asked[-1] in ill: raise PhotoError(f'{self.name} cannot be read: Input/output error')
+        return right(self, *args)
+    monkeypatch.setattr(survey.Photo, 'pixels', pixels)
+    def found(**kw):
+        asked.clear()
+        dls = resnet_dls(*drawn, bs=4, size=16, num_workers=0, **kw)
+        if asked[-1:] == ['train_00000.jpg']: asked.pop()     # fastai looks at the first item
+        return len(dls.train_ds), len(dls.valid_ds), dls.stats
+    for _ in range(2):
+        with pytest.raises(PhotoError, match='train_00003.jpg.*2 of 24 photos'): found()
+    assert {*asked} == ill                                    # of the second time
+    few = found(on_bad='skip')
+    assert few[:2] == (15, 7) and {*asked} == ill
+    ill.remove('val_00001.jpg')
+    assert found(on_bad='skip')[:2] == (15, 8) and {*asked} == {'train_00003.jpg', 'val_00001.jpg'}
+    ill.clear()
+    whole = found()
+    assert whole[:2] == (16, 8) and asked == ['train_00003.jpg'] and found()[:2] == (16, 8) and not asked
+    theirs = ColorStats.fit([p for p in sorted((drawn.data_path/'train').iterdir())], num_workers=0)
+    np.testing.assert_allclose(whole[2].mean, theirs.mean, rtol=1e-12)
+    np.testing.assert_allclose(whole[2].eigval, theirs.eigval, rtol=1e-9)
+    assert not np.allclose(few[2].mean, whole[2].mean, rtol=1e-6)

@@ -20,9 +20,10 @@ def test_the_ten_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = '\n'.join(re.findall(r'```python\n(.*?)```', readme, re.S))
     names = {}
-    assert code.count('epochs=5') == 2
-    exec(code.replace('epochs=5', 'epochs=1'), names)
+    assert code.count('epochs=5') == 3 and code.count("weights='imagenet'") == 1
+    exec(code.replace('epochs=5', 'epochs=1').replace("'imagenet'", "'my_model'"), names)      # which have to be fetched
     assert isinstance(names['history'], pd.DataFrame) and len(names['history']) == 1
     assert len(names['learn'].recorder.values) == 1
+    assert names['model'].learn.weights['origin'] == 'the saved model my_model' and len(names['model'].history) == 2
     assert (tmp_path/'my_model'/'model.safetensors').exists()
     assert len(list((tmp_path/'photos-480').rglob('*.jpg'))) == 7

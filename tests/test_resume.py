@@ -6,13 +6,17 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientClip
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import FuncSplitter
 from fastai.learner import Learner
@@ -24,12 +28,13 @@ from kill_and_resume import result, same
 from patience import run
 from resnet_fastai.engine import checkpoint, finite
 from resnet_fastai.core import ResNet, train
+from resnet_fastai.augment import ColorStats
 from resnet_fastai.data import LabelMap, demo_data
-from resnet_fastai.engine.files import DataError
+from resnet_fastai.engine.files import atomic_write, DataError
 from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.engine.checkpoint import read_checkpoint
 from resnet_fastai.engine.finite import LossError
-from resnet_fastai.training import Checkpoint, resnet_learner
+from resnet_fastai.training import caffe_sgd, Checkpoint, MultiStepLR, paper_sgd, resnet_learner
 
 settings = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=4, patience=0, min_delta=10, num_workers=0)
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -246,6 +251,94 @@ def test_other_labels_or_photos_are_refused(tmp_path, edit, change):
     assert digests(tmp_path/'run') == was
 
 
+@pytest.fixture(scope='module')
+def other_folder(photos, tmp_path_factory):
+    "A run that has begun"
+    folder = tmp_path_factory.mktemp('others')/'run'
+    fit(model(photos, folder), 1)
+    return folder
+
+
+other_arguments = [('another learning rate: it has 0.003125, you have 0.5', dict(lr=.5)), ('another weight decay', dict(decay='all')),
+                   ("another augmentation: it has 'PhotoNormalize': 'std': 0.1, you have 'PhotoNormalize': 'std': 0.0", dict(lighting=0.)),
+                   ("another augmentation: it has 'ScaleJitterCrop': 'min_side': 37, you have 'ScaleJitterCrop': 'min_side': 40", dict(min_side=40)),
+                   ('another optimizer: it has SGD.*you have caffe_sgd', dict(opt_func=caffe_sgd)),
+                   ('another optimizer: .*mom=0.9.*mom=0.8', dict(opt_func=partial(paper_sgd, mom=.8))),
+                   ("other callbacks: it has 'plateau_lr': 'patience': 0, you have 'plateau_lr': 'patience': 5", dict(patience=5)),
+                   ("other callbacks: .*'multi_step_lr'|other callbacks: .*'plateau_lr'", dict(schedule=MultiStepLR(epochs=(3,)))),
+                   ("other callbacks: it has 'gradient_clip': None, you have 'gradient_clip'.*max_norm", dict(cbs=[GradientClip(.1)])),
+                   ('other colour statistics', dict(stats=ColorStats([.5]*3, [.2, .02, .01], np.eye(3))))]
+
+
+@pytest.mark.parametrize('why,kw', other_arguments, ids=lambda x: next(iter(x)) if isinstance(x, dict) else '')
+def test_other_arguments_are_refused(photos, other_folder, why, kw):
+    was = digests(other_folder)
+    with pytest.raises(DataError, match=f'belongs to a run with {why}.*nothing was changed'): fit(model(photos, other_folder, **kw), resume=True)
+    assert digests(other_folder) == was
+
+
+def test_photos_with_other_labels_are_refused(photos, other_folder, tmp_path):
+    "The same encoding, and every photo another label"
+    labels = json.loads(photos.label_path.read_text())
+    names = sorted(set(labels.values()))
+    (tmp_path/'moved.json').write_text(json.dumps({k: names[names.index(v) - 1] for k, v in labels.items()}))
+    with pytest.raises(DataError, match='other labels of the training photos'):
+        fit(model((photos[0], tmp_path/'moved.json', photos[2]), other_folder), resume=True)
+
+
+# ---- two runs in one folder
+
+def in_a_process(photos, folder, ready, go_on):
+    "The body of a child: begin or resume a run, say when a batch is done, and wait"
+    def wait(_): os.write(ready, b'.'); os.read(go_on, 1)
+    fit(model(photos, folder, At(3, wait), num_workers=2), 1, resume=True)
+
+
+@pytest.mark.parametrize('end', ['killed', 'finished'])
+def test_a_second_run_in_a_folder_is_refused(photos, tmp_path, end):
+    "It hears who is in there; a lock that nobody holds any more is none"
+    (ready, say), (wait, go) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        try: in_a_process(photos, tmp_path/'run', say, wait)
+        finally: os._exit(0)
+    os.read(ready, 1)
+    was = digests(tmp_path/'run')
+    for resume in (True, False):
+        with pytest.raises(DataError, match=rf'run (is in use by process {pid} on {socket.gethostname()}, since 20|holds a run already)'):
+            fit(model(photos, tmp_path/'run'), 1, resume=resume)
+    assert digests(tmp_path/'run') == was and '.lock' in was
+    os.kill(pid, signal.SIGKILL) if end == 'killed' else os.write(go, b'.')
+    os.waitpid(pid, 0)
+    assert (tmp_path/'run'/'.lock').exists() == (end == 'killed')
+    assert len(fit(model(photos, tmp_path/'run'), 2, resume=True).history) == 2 and not (tmp_path/'run'/'.lock').exists()
+    if end == 'killed': os.killpg(pid, signal.SIGKILL)                       # its workers, which wait for ever
+
+
+def test_a_second_run_of_this_process_is_refused(photos, tmp_path):
+    said = []
+    def again(_):
+        with pytest.raises(DataError, match='in use by another training of this process') as e: fit(model(photos, tmp_path/'run'), 2, resume=True)
+        said.append(str(e.value))
+    fit(model(photos, tmp_path/'run', At(3, again)), 1)
+    assert len(said) == 1 and sorted(p.name for p in (tmp_path/'run').iterdir())[0] == 'best.pt'
+
+
+def test_a_run_that_others_have_gone_on_with_is_left_to_them(photos, tmp_path):
+    one = fit(model(photos, tmp_path/'run'), 1)
+    fit(model(photos, tmp_path/'run'), 2, resume=True)
+    with pytest.raises(DataError, match='another run has gone on in .*run, up to checkpoint-000000022-epoch.pt'): fit(one, 1)
+    assert len(fit(one, 3, resume=True).history) == 3
+
+
+def test_temporary_files_of_one_process_have_names_of_their_own(tmp_path):
+    with atomic_write(tmp_path/'a') as one, atomic_write(tmp_path/'a') as two:
+        assert one != two
+        one.write_text('1'); two.write_text('2')
+    assert (tmp_path/'a').read_text() == '1' and len(list(tmp_path.iterdir())) == 1
+
+
 # ---- damaged
 
 @pytest.mark.parametrize('harm', ['cut', 'empty', 'flipped', 'text', 'pickle', 'other'])
@@ -256,7 +349,7 @@ def test_the_one_before_a_damaged_checkpoint(photos, untouched, tmp_path, harm, 
     class Bomb:
         def __reduce__(self): return os.mkdir, (str(tmp_path/'ran'),)
     bomb = io.BytesIO()
-    torch.save(dict(format=1, run=Bomb()), bomb)
+    torch.save(dict(format=2, run=Bomb()), bomb)
     half = len(data)//2
     newest.write_bytes(dict(cut=data[:-9], empty=b'', flipped=data[:half] + bytes(b ^ 255 for b in data[half:half+64]) + data[half+64:],
                             text=b'hello', pickle=pickle.dumps(Bomb()), other=bomb.getvalue())[harm])
@@ -270,7 +363,7 @@ def test_nothing_is_whole(photos, tmp_path):
     with pytest.raises(DataError, match='is no whole checkpoint.*name another folder'): fit(model(photos, tmp_path/'run'), resume=True)
 
 
-@pytest.mark.parametrize('state', [dict(format=2), dict(), [1], dict(format=1), dict(format=1, run={})])
+@pytest.mark.parametrize('state', [dict(format=2), dict(), [1], dict(format=1, run={}), dict(format=2, run={})])
 def test_what_is_no_checkpoint(photos, tmp_path, state):
     (tmp_path/'run').mkdir()
     torch.save(state, tmp_path/'run'/'checkpoint-000000001-epoch.pt')

@@ -1,4 +1,5 @@
 """Checkpoints from which a run goes on to the same weights, to the bit."""
+import errno
 import hashlib
 import io
 import os
@@ -25,6 +26,7 @@ from fastcore.foundation import L
 
 from .files import DataError, atomic_write, sync_folder
 from .finite import _what_stands, LossError
+from .lock import lock_folder, unlock_folder
 from .precision import Precision
 
 
@@ -118,6 +120,11 @@ def _remembered(
 class ResumableLearner(Learner):
     "A `Learner` whose fit can begin in the middle, and which ends its update before it obeys Ctrl-C"
     first_epoch,rest,stopping,decay,spec,call = 0,None,False,'weights',None,None
+    weights,restored,protocol,one_cycle = None,None,'50crop',False        # what it began with, the epoch it went back to, how it predicts
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.initial_lr = _number(self.lr)
 
     def _call_one(self, event_name):
         "What a batch or an epoch has done, every callback hears, also where one of them ends the fit"
@@ -187,7 +194,7 @@ class ResumableLearner(Learner):
             if not str(e).startswith('Exception occured in `'): raise
             raise type(e)(str(e).partition(':\n\t')[2]) from None                # fastai says first in which callback
         finally:
-            for cb in self.cbs:
+            for cb in L(cbs) + self.cbs:
                 if hasattr(type(cb), 'close'): cb.close()
             for name in {name for cb in _schedules(L(cbs) + self.cbs) for name in cb.scheds} - {'lr'}:        # a schedule's last momentum
                 self.opt.set_hyper(name, [h[name] for h in own])
@@ -253,34 +260,89 @@ def graceful_interrupt(learn):
 def run_identity(
     learn:Learner, # Made by `resnet_learner`
 ) -> dict: # Of numbers, strings, lists and dicts
-    "What must be the same for a run to go on"                       # and as many processes: each has its own generators
-    dls,photos = learn.dls,getattr(learn.dls, 'photos', {}).get('train')
-    return dict(network=str(learn.spec or type(learn.model).__name__),
-                weights={k: list(v.shape) for k,v in _net(learn).state_dict().items()},
-                encoding=dict(getattr(getattr(dls, 'labels', None), 'encoding', {})), size=getattr(dls, 'size', None),
-                photos=[len(dls.train_ds), hashlib.sha256(b'\n'.join(photos.names.tolist())).hexdigest() if photos is not None else ''],
-                batches=[learn.accumulate.bs if hasattr(learn, 'accumulate') else dls.train.bs, dls.train.bs],
-                processes=max(num_distrib(), 1))
+    "What must be the same for a run to go on, or for processes to train together"          # and as many processes: each has its own generators
+    dls,photos,labels = learn.dls,getattr(learn.dls, 'photos', {}),getattr(learn.dls, 'labels', None)
+    encoding,stats = dict(getattr(labels, 'encoding', {})),getattr(dls, 'stats', None)
+    return _plain(dict(
+        network=str(learn.spec or type(learn.model).__name__), weights={k: list(v.shape) for k,v in _net(learn).state_dict().items()},
+        encoding=encoding, size=getattr(dls, 'size', None), photos=[len(dls.train_ds), _names(photos.get('train', dls.train))],
+        labels=_labels(photos.get('train'), encoding), colours=_rounded(stats.as_dict()) if hasattr(stats, 'as_dict') else {},
+        validation=[len(dls.valid_ds), _names(photos.get('val', dls.valid)), _labels(photos.get('val'), encoding)],
+        augmentation={type(t).__name__: _settings(t) for part in ('after_item', 'after_batch')
+                      for t in getattr(getattr(dls.train, part, None), 'fs', ())},
+        batches=[learn.accumulate.bs if hasattr(learn, 'accumulate') else dls.train.bs, dls.train.bs],
+        rate=learn.initial_lr, optimizer=_function(learn.opt_func), decay=[learn.decay, bool(learn.wd_bn_bias), learn.wd],
+        loss=_function(learn.loss_func), callbacks={cb.name: _settings(cb) for cb in learn.cbs if _trains(cb)}, processes=max(num_distrib(), 1)))
 
 
-_unlike = dict(network='another network', weights='a network with other weights', encoding='another label encoding',
-               size='another crop size', photos='other training photos', processes='another number of processes', batches='batches of another size')
+def _digest(data): return hashlib.sha256(data).hexdigest()
+
+
+def _names(photos):
+    items = getattr(photos, 'names', getattr(photos, 'items', ()))          # of a `PhotoList`, or of a loader
+    if isinstance(items, np.ndarray): return _digest(b'\n'.join(items.tolist())) if items.dtype.kind == 'S' else ''
+    return _digest('\n'.join(map(str, items)).encode('utf-8', 'surrogateescape')) if len(items) and isinstance(items[0], (str, Path)) else ''
+
+
+def _labels(photos, encoding):
+    if photos is None or not photos.vocab: return ''
+    return _digest(np.array([encoding[label] for label in photos.vocab], np.int64)[photos.codes].tobytes())
+
+
+def _rounded(o): return {k: _rounded(v) for k,v in o.items()} if isinstance(o, dict) else np.round(o, 7).tolist()     # machines differ in the last bits
+
+
+def _is_plain(v): return isinstance(v, (bool, int, float, str, np.generic)) or isinstance(v, (list, tuple)) and all(map(_is_plain, v))
+
+
+def _settings(o):
+    "The arguments that an object was made with, as far as they are numbers and names that it has kept"
+    return {k: getattr(o, k) for k in signature(type(o).__init__).parameters if _is_plain(getattr(o, k, None))}
+
+
+def _function(f):
+    kw = getattr(f, 'keywords', {})
+    f = getattr(f, 'func', f)
+    return f"{getattr(f, '__name__', type(f).__name__)}({', '.join(f'{k}={v}' for k,v in sorted(kw.items()) if _is_plain(v))})"
+
+
+def _trains(cb):
+    "Does a callback decide what an update is?"
+    return getattr(cb, 'part_of_run', False) or any(c.__module__ in ('fastai.callback.training', 'fastai.callback.mixup') for c in type(cb).__mro__)
+
+
+_unlike = dict(processes='another number of processes', network='another network', weights='a network with other weights',
+               encoding='another label encoding', size='another crop size', photos='other training photos',
+               labels='other labels of the training photos', colours='other colour statistics',
+               validation='other validation photos or labels', augmentation='another augmentation', batches='batches of another size',
+               rate='another learning rate', optimizer='another optimizer', decay='another weight decay', loss='another loss function',
+               callbacks='other callbacks')
+
+
+def first_difference(
+    a:dict, b:dict, # Two `run_identity`s
+) -> tuple|None: # (what b has, that of a, that of b); None where they are the same
+    "In what two runs differ, in words"
+    for key,what in _unlike.items():
+        if a[key] != b[key]: return what, *(f'{v!s:.80}' for v in _inmost(a[key], b[key]))
+
+
+def _inmost(a, b, at=''):
+    if not (isinstance(a, dict) and isinstance(b, dict)): return at + str(a), at + str(b)
+    one = next(k for k in [*a, *b] if a.get(k) != b.get(k))
+    return _inmost(a.get(one), b.get(one), f'{at}{one!r}: ')
 
 
 def _refuse_strangers(path, theirs, ours):
-    for key,what in _unlike.items():
-        if theirs[key] == ours[key]: continue
-        a,b = theirs[key],ours[key]
-        if isinstance(a, dict):
-            one = next(k for k in [*a, *b] if a.get(k) != b.get(k))
-            a,b = (f'{one!r}: {o.get(one)}' for o in (a, b))
-        raise DataError(f"{path} belongs to a run with {what}: it has {a}, you have {b}; nothing was changed. "
+    if found := first_difference(ours, theirs):
+        what,mine,other = found
+        raise DataError(f"{path} belongs to a run with {what}: it has {other}, you have {mine}; nothing was changed. "
                         "Resume with the same arguments, or name another folder")
 
 
 class Checkpoint(Callback):
     "Keep a run in a folder: checkpoints from which it goes on exactly, the best weights, and history.csv"
-    order,remove_on_fetch = 100,True                        # after all others; not while `FetchPredsCallback` looks at the validation set
+    locked,order,remove_on_fetch = False,100,True                        # after all others; not while `FetchPredsCallback` looks at the validation set
     state_attrs = ('best', 'batches', 'updates')
     def __init__(self,
         folder:str|Path, # Made if need be; one for each run
@@ -294,6 +356,7 @@ class Checkpoint(Callback):
             raise DataError(f"keep is {keep!r}; it must be a number from 1 on, or None")
         self.folder,self.every,self.keep,self.monitor = Path(folder),every,keep,monitor
         self.best,self.batches,self.updates,self.mine,self.state = float('inf'),0,0,False,None
+        self.identity = self.last = None                    # what makes the run; the newest file that we know of
 
     def files(self): return sorted(self.folder.glob('checkpoint-*.pt'))
     def newest(self): return next(iter(self.files()[::-1]), None)
@@ -338,7 +401,7 @@ class Checkpoint(Callback):
         "Everything that the rest of the run depends on"
         learn,rec,hist = self.learn,self.recorder,self.history
         return dict(
-            format=2, run=run_identity(learn), epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train,
+            format=2, run=self.identity, epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train,
             n_epoch=self.n_epoch, call=learn.call, schedule=_curves(learn.cbs),
             hps={k: torch.tensor(v, dtype=torch.float64) for cb in _schedules(learn.cbs) for k,v in cb.hps.items()},
             model=_net(learn).state_dict(), opt=_opt_state(self.opt), lr=learn.lr, hypers=[dict(h) for h in self.opt.hypers],
@@ -361,11 +424,28 @@ class Checkpoint(Callback):
         "Make the folder, try to write in it; refuse one that holds another run"
         if self.monitor not in (names := [*self.recorder.metric_names[1:-1], 'train_error']):
             raise DataError(f"Checkpoint monitors {self.monitor!r}; there is {', '.join(names)}")
-        if self.mine: return
         if not isinstance(self.learn, ResumableLearner) or not hasattr(self, 'history') or not hasattr(self.dls.train, 'get_idxs'):
             raise DataError("Checkpoint needs a learner of resnet_learner, with a fastai loader of photos")
-        _on_rank0(self.learn, self._make)
+        if not self.mine: self.identity = run_identity(self.learn)
+        _on_rank0(self.learn, self._take)
         self.mine = True
+
+    def _take(self):
+        "Keep others out until the fit ends, and see to it that nobody was there in the meantime"
+        if self.locked: return
+        if not self.mine: self._make()
+        with self._plainly(): lock_folder(self.folder)
+        self.locked,new,last = True,self.newest(),self.last
+        if not new or last and new.name <= last.name: return
+        unlock_folder(self.folder)
+        self.locked = False
+        raise DataError(f"another run has gone on in {self.folder}, up to {new.name}; go on with it by learn.resume(epochs), or name another folder")
+
+    def close(self):
+        "Let others write in the folder, when a fit has ended"
+        if self.locked:
+            self.last,self.locked = self.newest(),False
+            unlock_folder(self.folder)
 
     def _make(self):
         if self.newest():
@@ -381,8 +461,8 @@ class Checkpoint(Callback):
         try: yield
         except OSError as e:
             stands = f"the last whole one stands: {self.newest()}" if self.newest() else "there is none yet"
-            raise DataError(f"no checkpoint can be written in {self.folder}: {e.strerror or e}; {stands}. "
-                            "Make room or name a folder that can be written, and resume") from None
+            advice = 'Make room' if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'Make the folder writable, or name another'
+            raise DataError(f"no checkpoint can be written in {self.folder}: {e.strerror or e}; {stands}. {advice}, and resume") from None
 
     def save(self,
         epoch:int, # Of this fit: the one that is under way, or the next one
@@ -416,15 +496,16 @@ class Checkpoint(Callback):
 
     def find(self) -> dict|None: # The state; None where the folder has none
         "Read the newest whole checkpoint of the folder, if it is of this run; the next fit begins there"
+        self.identity = run_identity(self.learn)
         self.state = _on_rank0(self.learn, self._newest_whole)
         return self.state
 
     def _newest_whole(self):
-        said = []
+        said,self.last = [],self.newest()
         for path in self.files()[::-1]:
             try: state = read_checkpoint(path)
             except DataError as e: said.append(str(e)); continue
-            try: _refuse_strangers(path, state['run'], run_identity(self.learn))
+            try: _refuse_strangers(path, state['run'], self.identity)
             except KeyError as e: raise DataError(f"{path} is no whole checkpoint: it lacks {e}") from None
             if said: print(*said, f'going on from {path.name}', sep='\n')
             return state
@@ -433,6 +514,7 @@ class Checkpoint(Callback):
     def restore(self):
         "Put the learner where it was; the batches of a broken epoch come from `ResumableLearner.rest`"
         s,self.state,self.mine,learn = self.state,None,True,self.learn
+        _on_rank0(learn, self._take)
         s |= s['ranks'][rank_distrib()]
         learn.model.load_state_dict(s['model'])
         own,self.opt.frozen_idx = [dict(h) for h in self.opt.hypers],s['frozen_idx']

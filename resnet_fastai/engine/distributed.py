@@ -4,11 +4,13 @@ import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.imports import noop
-from fastai.learner import Learner
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.learner import Learner, Metric
+from fastai.torch_core import num_distrib, rank_distrib, to_detach
+from fastcore.foundation import L
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpoint import first_difference, run_identity
 from .files import DataError
 from .loader import join_processes
 
@@ -21,25 +23,39 @@ class ManyProcesses(Callback):
     def before_fit(self):
         if hasattr(self.learn, 'lr_finder'): raise DataError("lr_find runs in one process; start it without torchrun, and train with the rate that it finds")
         self.run,self.net = not hasattr(self.learn, 'lr_finder'),None
+        if not self.seeded: self.compare()
         for dl in self.dls.loaders: dl.rng.setstate(self.on_rank0(dl.rng.getstate))
         if not self.seeded: torch.manual_seed(torch.initial_seed() + rank_distrib())     # each process draws its own lighting
         self.seeded = True
 
+    def compare(self):
+        "Refuse to begin where the processes do not have the same photos, labels, colours and settings"
+        first,*others = self.all(run_identity(self.learn))
+        for rank,other in enumerate(others, 1):
+            if found := first_difference(first, other):
+                what,mine,theirs = found
+                raise DataError(f"process {rank} has {what}: {theirs}; process 0 has {mine}. "
+                                "Every process needs the same folder, the same files in it and the same arguments")
+
     def before_train(self):
-        self.net = self.model
-        ids = [self.dls.device.index] if self.dls.device.type == 'cuda' else None
+        self.net,device = self.model,next(self.model.parameters()).device
+        ids = [device.index] if device.type == 'cuda' else None
         self.learn.model = DistributedDataParallel(self.net, device_ids=ids, broadcast_buffers=False)
 
     def before_batch(self):
         if self.training: self.model.require_backward_grad_sync = self.accumulate.last
 
     def after_batch(self):
-        "Stop together"
+        "Stop together; keep what a metric needs that is no mean over photos"
         if self.training and self.between_updates: self.learn.stopping = self.sum(float(self.stopping))[0] > 0
+        if not self.training and hasattr(self, 'recorder') and self.odd: self.seen.append(to_detach([self.pred, *self.yb, self.loss], gather=False))
 
     def after_train(self):
+        if self.net is None: return
         self.close()
         self.history.wrong,self.history.seen = self.sum(float(self.history.wrong), self.history.seen)
+        self.sum_metrics(self.recorder._train_mets[1:])
+    def after_cancel_epoch(self): self.after_train()
 
     def close(self):
         "The network without its wrapper, also when a fit broke off"
@@ -47,9 +63,26 @@ class ManyProcesses(Callback):
 
     def before_validate(self):
         for b in self.model.buffers(): dist.broadcast(b, 0)
+        if not hasattr(self, 'recorder'): return             # fastai takes it away while it fetches predictions
+        self.odd,self.seen = [m for m in self.recorder._valid_mets if not hasattr(m, 'total') and type(m).accumulate is not Metric.accumulate],[]
 
     def after_validate(self):
-        for m in self.recorder._valid_mets:
+        if not hasattr(self, 'recorder'): return
+        self.sum_metrics(self.recorder._valid_mets)
+        if not self.odd: return
+        learn,mine = self.learn,(self.pred, self.yb, self.loss)
+        batches = [b for batches in self.all(self.seen) for b in batches]
+        for m in self.odd: m.reset()
+        for learn.pred,*learn.yb,learn.loss in batches:                                # what the others have seen too
+            for m in self.odd: m.accumulate(learn)
+        learn.pred,learn.yb,learn.loss = mine
+
+    def after_epoch(self):
+        "What was measured is the same everywhere, and so is what is decided"
+        if hasattr(self, 'recorder'): self.recorder.log = L(self.on_rank0(lambda: list(self.recorder.log)))
+
+    def sum_metrics(self, metrics):
+        for m in metrics:
             if hasattr(m, 'total'): m.total,m.count = self.sum(float(m.total), m.count)
 
     def sum(self,
@@ -89,9 +122,12 @@ def distribute(
     if num_distrib() < 2: return learn
     join_processes()
     if sync_bn:
-        if learn.dls.device.type != 'cuda': raise DataError("sync_bn=True needs GPUs; on CPUs BN is each process's own")
+        if torch.device(learn.dls.device).type != 'cuda': raise DataError("sync_bn=True needs GPUs; on CPUs BN is each process's own")
         learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(learn.model)
+    if not hasattr(learn.dls.train, 'photos_in'): raise DataError("several processes need loaders of resnet_dls, which give each its share of the photos")
     for dl in learn.dls.loaders: dl.rank,dl.world_size = rank_distrib(),num_distrib()
+    learn.dls.train.update = learn.accumulate.bs
+    learn.dls.train.photos_in()                            # an update that is too small shows now
     if rank_distrib():
         learn.remove_cb(ProgressCallback)
         learn.logger = noop

@@ -3,6 +3,7 @@ import copy
 import gc
 import multiprocessing
 import os
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ def forks() -> bool:
     return (multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]) == 'fork'
 
 
+def _equal_parts(n, k): return [n*(i+1)//k - n*i//k for i in range(k)]
+
+
 class PhotoDL(TfmdDL):
     "A `TfmdDL` whose order is compact, whose draws do not depend on the number of workers, and which several processes can share"
     def __init__(self,
@@ -53,22 +57,25 @@ class PhotoDL(TfmdDL):
         if self.threads: kwargs = dict(num_workers=None) | kwargs
         return super().new(dataset, cls, **kwargs)
 
-    rank,world_size,shares = 0,1,None
+    rank,world_size,shares,update = 0,1,None,None             # update: photos in an update, which `Accumulate` says; None: what passes at a time
     def photos_in(self) -> list[int]:
-        "The number of photos in each batch, all processes together"
-        whole,rest = divmod(self.n, self.bs*self.world_size)
-        sizes = [self.bs*self.world_size]*whole
-        if not rest or self.drop_last: return sizes
-        if not self.shuffle or rest >= 2*self.world_size: return sizes + [rest]
-        if not sizes: raise DataError(f"{self.n} photos are too few for {self.world_size} process{'es' if self.world_size > 1 else ''}: "
-                                      "training needs two for each")
-        return sizes[:-1] + [sizes[-1] + rest]
+        "The number of photos in each batch, all processes together: equal parts of an update, of at most `bs` photos a process"
+        at_once,least = self.bs*self.world_size,min(self.bs, 2)*self.world_size     # BN needs two photos in each process
+        update = self.update or at_once
+        if self.shuffle and update < least: raise DataError(f"an update of bs={update} photos is too small for {self.world_size} processes: "
+                                                            f"it needs {least//self.world_size} for each")
+        whole,rest = divmod(self.n, update)
+        updates = [update]*whole + [rest]*(rest > 0 and not self.drop_last)
+        if self.shuffle and updates and updates[-1] < least:                        # the last few go with those before them
+            if len(updates) == 1: raise DataError(f"{self.n} photos are too few for {self.world_size} process{'es' if self.world_size > 1 else ''}: "
+                                                  "training needs two for each")
+            updates[-2:] = [updates[-2] + updates[-1]]
+        return [n for u in updates for n in _equal_parts(u, max(1, min(-(-u//at_once), u//least)))]
 
     def __len__(self): return len(self.photos_in())
 
     def get_idxs(self):
         "The order of an epoch; of it, this process's share"
-        self.pixel_limit = Image.MAX_IMAGE_PIXELS
         self.epoch_seed = self.rng.getrandbits(64)
         order = np.random.default_rng(self.epoch_seed).permutation(self.n) if self.shuffle else np.arange(self.n)
         ends = np.cumsum([0, *self.photos_in()])
@@ -85,6 +92,10 @@ class PhotoDL(TfmdDL):
         if self.shares is None: return super().chunkify(b)
         b = iter(b)
         return filter(None, (list(islice(b, n)) for n in self.shares[self.offs::self.num_workers]))
+
+    def before_iter(self):
+        super().before_iter()
+        self.pixel_limit = Image.MAX_IMAGE_PIXELS         # before the workers begin, also where somebody else gives the order (`get_preds`)
 
     def wif(self):
         "In a worker: the garbage collector writes to what it looks at; Pillow's limit is the one of the process that asks"
@@ -107,9 +118,11 @@ class PhotoDL(TfmdDL):
         return twin
 
     def do_item(self, i):
-        for t in self.after_item.fs:
-            if hasattr(t, 'rng'): t.rng.seed(getattr(self, 'epoch_seed', 0) << 32 | int(i or 0))
-        return super().do_item(i)
+        drawing = [t for t in self.after_item.fs if hasattr(t, 'rng')]
+        for t in drawing: t.rng = random.Random(getattr(self, 'epoch_seed', 0) << 32 | int(i or 0))
+        try: return super().do_item(i)
+        finally:
+            for t in drawing: del t.rng                               # another loader's draws are not ours
 
 
 def join_processes():

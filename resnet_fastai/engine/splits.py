@@ -12,11 +12,12 @@ from .layout import PhotoList, split_photos
 
 def model_parts(
     model, # A learner over `resnet_dls`, or a `ResNet`
-) -> SimpleNamespace: # net, stats, size, labels; dls: the learner's photos, None for a loaded model
+) -> SimpleNamespace: # net, stats, size, labels, protocol; dls: the learner's photos, None for a loaded model
     "What predictions need of a model"
     learn = model if isinstance(model, Learner) else getattr(model, 'learn', None)
     of, dls, net = (model, None, model.net) if learn is None else (learn.dls, learn.dls, learn.model)
-    return SimpleNamespace(net=net, stats=of.stats, size=of.size, labels=of.labels, dls=dls)
+    protocol = getattr(model if learn is None else learn, 'protocol', '50crop')
+    return SimpleNamespace(net=net, stats=of.stats, size=of.size, labels=of.labels, dls=dls, protocol=protocol)
 
 
 def labelled_split(

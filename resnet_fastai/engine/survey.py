@@ -83,22 +83,22 @@ def survey_file(
 
 def kept_survey(
     file:Path, # Of `survey_file`
-    make, # Makes colour statistics from the keywords of their `as_dict`
-) -> tuple|None: # (colour statistics, {place: why a photo is bad}); None where nothing usable is kept
+) -> tuple|None: # (summed moments (4,4), photos in them, places of the photos that could not be read); None where nothing usable is kept
     "What `keep_survey` wrote"
     try:
         kept = json.loads(file.read_text(encoding='utf-8'))
-        return make(**kept['stats']), {int(i): why for i,why in kept['bad'].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError): return None
+        return np.array(kept['moments'], float).reshape(4, 4), int(kept['n_photos']), np.array(kept['bad'], int)
+    except (OSError, ValueError, TypeError, KeyError): return None
 
 
 def keep_survey(
     file:Path, # Of `survey_file`
-    stats, # With `as_dict`
-    bad:dict, # {place: why a photo is bad}
+    moments:np.ndarray, # (4,4), summed over the training photos that could be read
+    n_photos:int, # How many these are
+    bad, # Places of the photos that could not be read: they are tried again
 ):
     "Keep what was found, where that is possible"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, dict(stats=stats.as_dict(), bad=bad))
+        write_json(file, dict(moments=moments.tolist(), n_photos=n_photos, bad=sorted(bad)))
     except OSError: pass                                                          # a read-only home costs time, not the run

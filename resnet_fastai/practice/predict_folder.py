@@ -17,10 +17,11 @@ import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
 from ..engine.fast_net import _bare, weights_hash
-from ..engine.files import _one_of, DataError, PhotoError, atomic_write, quote, write_json
+from ..engine.files import DataError, PhotoError, atomic_write, quote, write_json
 from ..engine.layout import list_photos, PhotoList
 from ..engine.splits import model_parts
-from ..inference import _answers, protocols
+from ..engine.protocols import split_protocol
+from ..inference import _answers
 
 
 _formula, _number = re.compile(r"'*[=+\-@\t\r]"), re.compile(r'[-+]?[0-9.]+(e[-+]?[0-9]+)?')
@@ -157,14 +158,15 @@ def predict_folder(
     photos:str|Path|list, # A folder, searched to the bottom, or a list of paths
     dest:str|Path|None=None, # A .csv or .parquet file, made or gone on with; None: rows stay in memory
     n:int|None=None, # How many labels; None: 5, or all where the model knows fewer
-    protocol:str='50crop', # '1crop', '10crop', '50crop' or 'dense'
+    protocol:str|None=None, # As for `evaluate`; None: the model's, 50 crops unless another was chosen
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
     num_workers:int|None=None, # Threads that decode photos; None: one a core
     bs:int|None=None, # Crops that go through the network at a time; None: as many as suit the hardware
 ) -> pd.DataFrame: # id, label_1, prob_1, …, error: why a photo cannot be read, '' for the others
     "The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too)"
     parts = model_parts(model)
-    _one_of('protocol', protocol, protocols)
+    protocol = protocol or parts.protocol
+    split_protocol(protocol, parts.size)                                       # or its error
     known = len(parts.labels)
     if n is None: n = min(5, known)
     if type(n) is not int or not 1 <= n <= known:

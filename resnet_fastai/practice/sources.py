@@ -9,6 +9,7 @@ __all__ = ['read_synsets', 'label_synsets', 'read_ground_truth', 'from_imagenet'
 
 # %% ../../nbs/practice/sources.ipynb #adaec724
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from io import BytesIO
