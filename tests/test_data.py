@@ -52,11 +52,11 @@ def test_targets_are_the_users_indices(demo):
     assert set(dls.train.one_batch()[1].tolist()) <= set(dls.labels.encoding.values())
 
 
-@pytest.mark.parametrize('bs,batches', [(23, 1), (20, 2), (8, 3)])
-def test_a_lone_photo_joins_the_batch_before(demo, bs, batches):
+@pytest.mark.parametrize('bs,batches', [(23, 2), (20, 2), (8, 3)])
+def test_no_photo_is_alone_in_a_batch(demo, bs, batches):
     dls = resnet_dls(*demo, micro_bs=bs, size=64, num_workers=0)
     sizes = [len(y) for _, y in dls.train]
-    assert len(sizes) == len(dls.train) == batches and sum(sizes) == 24 and min(sizes) > 1
+    assert len(sizes) == len(dls.train) == batches and sum(sizes) == 24 and 1 < min(sizes) and max(sizes) <= bs
 
 
 def test_the_answers_of_the_lesson_are_true():
