@@ -80,3 +80,12 @@ def test_lr_find_in_several_processes_is_refused():
     many = ManyProcesses()
     many.learn = SimpleNamespace(lr_finder=object())
     with pytest.raises(DataError, match='lr_find runs in one process; start it without torchrun'): many.before_fit()
+
+
+def test_predictions_by_worker_processes(drawn):
+    "`get_preds` gives a loader its order from outside"
+    ends = []
+    for workers in (0, 1):
+        learn = ResNet(*drawn, **small | dict(num_workers=workers)).learn
+        with learn.no_bar(): ends.append(learn.get_preds()[0])
+    assert torch.equal(*ends)

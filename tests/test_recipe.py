@@ -39,12 +39,13 @@ def fitted(photos, epochs=2, **kw):
 def our_rates(losses, **kw):
     "The rate after each epoch: the callback on a learner that is only its values"
     cb, rates = PlateauLR(**kw), []
-    cb.learn = SimpleNamespace(opt=paper_sgd([torch.zeros(1)], lr=.1), logger=noop, epoch=0, lr=.1,
-                               recorder=SimpleNamespace(metric_names=['epoch', 'train_loss', 'valid_loss', 'time'], values=[]))
+    cb.learn = SimpleNamespace(opt=paper_sgd([torch.zeros(1)], lr=.1), logger=noop, epoch=0, lr=.1, cbs=[],
+                               recorder=SimpleNamespace(metric_names=['epoch', 'train_loss', 'valid_loss', 'time'], values=[], add_time=True,
+                                                        cancel_valid=False))
     cb.before_fit()
     for loss in losses:
         cb.learn.recorder.values.append([0., loss])
-        cb.before_epoch(); cb.after_train(); cb.after_epoch()
+        cb.before_epoch(); cb.before_train(); cb.after_epoch()
         rates.append(cb.learn.opt.hypers[-1]['lr'])
     return rates, cb
 

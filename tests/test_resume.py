@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -192,7 +193,8 @@ def test_ctrl_c(photos, untouched, tmp_path, n, training, every):
     assert m.learn.checkpoint.newest() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     m.learn.remove_cb(At)
     m.learn.validate()
-    again = fit(model(photos, tmp_path/'run', every=every), resume=True)
+    shutil.copytree(tmp_path/'run', tmp_path/'moved')
+    again = fit(model(photos, tmp_path/'moved', every=every), resume=True)
     assert not differing(untouched, result(again))
     fit(m, 1)
     assert len(m.predict(photos.data_path/'test'/'test_00001.jpg')) == 1000

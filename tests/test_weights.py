@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import threading
-from functools import cache
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -45,11 +45,11 @@ def lived_in(net, size=32, seed=0):
     return net.eval()
 
 
-@cache
+@lru_cache(maxsize=2)
 def of_torchvision(depth, n=10): return lived_in(getattr(tvm, f'resnet{depth}')(num_classes=n))
 
 
-@cache
+@lru_cache(maxsize=2)
 def of_timm(depth, n=10):
     timm = pytest.importorskip('timm')
     return lived_in(timm.create_model(f'resnet{depth}', num_classes=n))

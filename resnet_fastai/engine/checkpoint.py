@@ -292,7 +292,7 @@ def _labels(photos, encoding):
 def _rounded(o): return {k: _rounded(v) for k,v in o.items()} if isinstance(o, dict) else np.round(o, 7).tolist()     # machines differ in the last bits
 
 
-def _is_plain(v): return isinstance(v, (bool, int, float, str, np.generic)) or isinstance(v, (list, tuple)) and all(map(_is_plain, v))
+def _is_plain(v): return type(v) in (bool, int, float, str) or isinstance(v, np.generic) or type(v) in (list, tuple) and all(map(_is_plain, v))
 
 
 def _settings(o):

@@ -76,7 +76,6 @@ class PhotoDL(TfmdDL):
 
     def get_idxs(self):
         "The order of an epoch; of it, this process's share"
-        self.pixel_limit = Image.MAX_IMAGE_PIXELS
         self.epoch_seed = self.rng.getrandbits(64)
         order = np.random.default_rng(self.epoch_seed).permutation(self.n) if self.shuffle else np.arange(self.n)
         ends = np.cumsum([0, *self.photos_in()])
@@ -93,6 +92,10 @@ class PhotoDL(TfmdDL):
         if self.shares is None: return super().chunkify(b)
         b = iter(b)
         return filter(None, (list(islice(b, n)) for n in self.shares[self.offs::self.num_workers]))
+
+    def before_iter(self):
+        super().before_iter()
+        self.pixel_limit = Image.MAX_IMAGE_PIXELS         # before the workers begin, also where somebody else gives the order (`get_preds`)
 
     def wif(self):
         "In a worker: the garbage collector writes to what it looks at; Pillow's limit is the one of the process that asks"

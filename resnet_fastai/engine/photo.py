@@ -110,14 +110,15 @@ class Photo:
     def _divisor(self, side):
         "By how much a JPEG is divided: as far as `side` allows, and by 2 where it has more pixels than Pillow takes"
         w,h = self._open().size
-        if w*h > 4*_limit(): raise Image.DecompressionBombError(f"Its {w*h:,} pixels are more than 4 times the limit.")
+        if w*h > _limit() and (w*h > 2*_limit() or w*h > 64*len(self.data)):            # no photo has fewer bytes; a bomb has
+            raise Image.DecompressionBombError(f"Its {w*h:,} pixels are more than {'twice ' if w*h > 2*_limit() else ''}the limit.")
         f = next((f for f,spare in ((8, 1.5), (4, 1.125), (2, 1.125)) if side and min(w, h) >= f*spare*side), 1)
         return max(f, 1 if w*h <= _limit() else 2)
 
     def pixels(self,
         side:int|None=None, # Pixels that the short side must keep; None: all
     ) -> tuple: # (RGB: (3,H,W) uint8 tensor or PIL image, at a scale of 1, 1/2, 1/4 or 1/8; that scale's divisor)
-        "The upright photo, decoded no finer than needed; a JPEG with more pixels than Pillow takes at 1/2 or less"
+        "The upright photo, decoded no finer than needed; a JPEG of up to twice as many pixels as Pillow takes at 1/2 or less"
         with self._named():
             img = self._open()
             if self.data is not None and img.format in ('JPEG', 'MPO') and img.mode in ('RGB', 'L'):

@@ -44,7 +44,7 @@ Json = Annotated[bool, typer.Option('--json', help='One JSON document on stdout 
 @app.callback()
 def limits(
     max_pixels: Annotated[Optional[int], typer.Option(min=1, envvar='RESNET_FASTAI_MAX_PIXELS', help='Read photos of up to so many pixels; '
-        "without it Pillow's 178,956,970, and JPEGs of four times as many")] = None,
+        "without it Pillow's 178,956,970, and JPEGs of twice as many")] = None,
 ):
     "Deep residual learning on your own photos: the ResNet paper from a shell."
     if max_pixels:
