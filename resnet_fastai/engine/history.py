@@ -65,7 +65,7 @@ def plot_history(
     "Loss and error over the epochs, as in the paper's Figure 4: training thin, validation bold; dotted where the rate fell"
     fig,axs = plt.subplots(1, 2, figsize=(8, 3), layout='constrained')
     for name,style in _line_styles.items():
-        if name in history: axs['error' in name].plot(history.epoch, history[name], label=name.replace('_', ' '), **style)
+        if name in history: axs[int('error' in name)].plot(history.epoch, history[name], label=name.replace('_', ' '), **style)
     fell = history.epoch[1:][history.lr.diff()[1:] < 0]
     for ax,unit in zip(axs, ('cross-entropy, nats', 'share of photos')):
         for e in fell: ax.axvline(e - .5, color='.5', ls=':', lw=1)
