@@ -117,7 +117,8 @@ def _table(rows, n):
     if not isinstance(rows, list):
         frame = pd.read_csv(rows, dtype={c: floats.get(c, object) for c in _columns(n)}, na_values={c: [''] for c in floats},
                             keep_default_na=False, encoding_errors='surrogateescape')
-        return frame.assign(**{c: frame[c].map(_as_it_was).astype(object) for c in frame if c not in floats})
+        texts = {c: pd.Series([_as_it_was(v) for v in frame[c]], dtype=object) for c in frame if c not in floats}
+        return frame.assign(**texts)                                          # pyarrow's strings refuse names that are not UTF-8
     frame = pd.DataFrame(rows, columns=_columns(n), dtype=object)             # pyarrow's strings refuse names that are not UTF-8
     return frame.assign(**{c: pd.to_numeric(frame[c]).astype('float32') for c in floats})
 
