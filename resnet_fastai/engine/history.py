@@ -60,7 +60,7 @@ class History(Callback):
 
 
 def plot_history(
-    history:pd.DataFrame, # `History.df`, or `ResNet.history`
+    history:pd.DataFrame, # A row an epoch, as `History` and `ResNet` keep it
 ) -> plt.Figure: # Losses on the left, errors on the right
     "Loss and error over the epochs, as in the paper's Figure 4: training thin, validation bold; dotted where the rate fell"
     fig,axs = plt.subplots(1, 2, figsize=(8, 3), layout='constrained')
