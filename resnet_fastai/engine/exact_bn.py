@@ -1,4 +1,6 @@
 """Batch norm's statistics as plain averages over training batches, in the place of moving averages."""
+from itertools import takewhile
+
 import torch
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
@@ -8,35 +10,22 @@ from .checkpoint import get_rng, set_rng
 from .files import DataError
 
 
-def _norms(net):
-    return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-
-
-def exact_bn(
-    model, # A trained learner, or a `ResNet` with photos
-    photos:int=10_000, # Training photos to average over, as they are augmented in training; at most one epoch
-) -> int: # Photos that were averaged over
-    """Replace each batch norm's moving averages by plain averages over training batches, in place.
-
-    The authors computed the statistics of their released models so, after training. Draws of a later `fit` stay as they
-    would have been; where the passes break off, the moving averages come back."""
-    learn = model if isinstance(model, Learner) else getattr(model, 'learn', None)
-    if learn is None: raise DataError("a loaded model has no training photos to average over; exact_bn needs a learner")
-    if type(photos) is not int or photos < 2: raise DataError(f"photos is {photos!r}; it must be a whole number from 2 on")
-    net, dl, seen = learn.model, learn.dls.train, 0
-    norms, rng, modes = _norms(net), get_rng(learn.dls.loaders), {m: m.training for m in net.modules()}
+@torch.no_grad()
+def average_statistics(
+    net:nn.Module, # Changed in place: running means and variances, nothing else
+    batches, # Of inputs (B,C,H,W), prepared as in training; not empty
+):
+    "Replace each batch norm's moving averages by plain averages over batches; where the passes break off, they come back"
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     kept = [(m.momentum, {k: v.clone() for k, v in m._buffers.items()}) for m in norms]
+    modes = {m: m.training for m in net.modules()}
     net.eval()
     for m in norms:
         m.reset_running_stats()
         m.momentum = None                                   # PyTorch's cumulative average
         m.train()
     try:
-        with torch.no_grad():
-            for x, *_ in progress_bar(dl, leave=False):
-                net(x)
-                seen += len(x)
-                if seen >= photos: break
+        for x in batches: net(x)
     except BaseException:
         for m, (_, old) in zip(norms, kept):
             for k, v in old.items(): m._buffers[k].copy_(v)
@@ -44,5 +33,23 @@ def exact_bn(
     finally:
         for m, (momentum, _) in zip(norms, kept): m.momentum = momentum
         for m, training in modes.items(): m.training = training
-        set_rng(rng, learn.dls.loaders)
-    return seen
+
+
+def exact_bn(
+    model, # A trained learner, or a `ResNet` with photos
+    photos:int=10_000, # Training photos to average over, as they are augmented in training; at most one epoch
+) -> int: # Photos that were averaged over
+    """Replace the moving averages of a trained model's batch norms by plain averages over training photos, in place.
+
+    The authors computed the statistics of their released models so. Draws of a later `fit` stay as they would have been."""
+    learn = model if isinstance(model, Learner) else getattr(model, 'learn', None)
+    if learn is None: raise DataError("a loaded model has no training photos to average over; exact_bn needs a learner")
+    if type(photos) is not int or photos < 2: raise DataError(f"photos is {photos!r:.80}; it must be a whole number from 2 on")
+    rng, seen = get_rng(learn.dls.loaders), []
+    def inputs():
+        for x, *_ in takewhile(lambda _: sum(seen) < photos, progress_bar(learn.dls.train, leave=False)):
+            yield x
+            seen.append(len(x))
+    try: average_statistics(learn.model, inputs())
+    finally: set_rng(rng, learn.dls.loaders)
+    return sum(seen)

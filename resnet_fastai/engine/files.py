@@ -6,7 +6,7 @@ import secrets
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISFIFO, S_ISREG
 
 
 class DataError(ValueError): "Photos or label files that cannot be used as they are"
@@ -43,8 +43,10 @@ def _unique(pairs):
 
 def read_regular(
     path:str|Path,
+    pipes:bool=False, # Is a pipe read too, like a shell's <(command)? Who names one waits for it
 ) -> bytes:
-    "What a file holds; an `OSError` where it is a pipe or a device, which may never end"
+    "What a file holds; an `OSError` where it is a device, or a pipe, which may never end"
+    if pipes and S_ISFIFO(os.stat(path).st_mode): return Path(path).read_bytes()
     with open(path, 'rb', opener=lambda p, flags: os.open(p, flags | getattr(os, 'O_NONBLOCK', 0))) as f:
         if not S_ISREG(os.fstat(f.fileno()).st_mode): raise OSError(errno.EINVAL, 'a pipe or a device, not a file', str(path))
         return f.read()
@@ -54,7 +56,7 @@ def read_json_object(
     path:str|Path, # A UTF-8 JSON file
 ) -> dict: # Its object
     "Read a file that holds one JSON object; anything else is a `LabelError` that names the file"
-    try: obj = json.loads(read_regular(path).decode('utf-8-sig'), object_pairs_hook=_unique)
+    try: obj = json.loads(read_regular(path, pipes=True).decode('utf-8-sig'), object_pairs_hook=_unique)
     except LabelError as e: raise LabelError(f"{path} {e}") from None
     except OSError as e: raise LabelError(f"{path} cannot be read: {e.strerror or e}") from None
     except (ValueError, RecursionError) as e: raise LabelError(f"{path} is not JSON: {cut(str(e))}") from None
