@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnet_fastai.engine.files import DataError, PhotoError
-from resnet_fastai.model import build_net
+from resnet_fastai.model import Block, build_net
 from resnet_fastai.training import WarmUp
 
 experiments = Path(__file__).resolve().parent.parent/'nbs'/'experiments'
@@ -331,7 +331,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch, event, at
 @pytest.mark.paper('4.2-warm-up')
 def test_a_plain_net_and_a_deep_one(folder, run, tmp_path):
     learn, told = run('plain', kind='plain', updates=1)
-    assert told['kind'] == 'plain' and 'Plain' in str(learn.model)
+    assert told['kind'] == 'plain' and all(b.downsample is None for b in learn.model.modules() if isinstance(b, Block))
     dls = cifar.cifar_dls(cifar.cifar10(folder, tmp_path), bs=16)
     warm = {d: [c for c in cifar.cifar_learner(dls, d).cbs if isinstance(c, WarmUp)] for d in (20, 110)}
     assert not warm[20] and (warm[110][0].lr, warm[110][0].until) == (.01, .8)      # §4.2
@@ -403,7 +403,7 @@ def test_responses_are_the_spread_of_what_each_bn_puts_out(figures, trained):
         for s in (1, 2, 3):
             for i, b in enumerate(getattr(net, f'layer{s}')):
                 r = bn(f'layer{s}.{i}.conv1', b.conv1(h), b.bn1).relu()
-                h = (bn(f'layer{s}.{i}.conv2', b.conv2(r), b.bn2) + b.shortcut(h)).relu()
+                h = (bn(f'layer{s}.{i}.conv2', b.conv2(r), b.bn2) + b.downsample(h)).relu()
     look = figures.Responses(net)
     figures.predict(net, x, bs=5)
     found = look.stop()

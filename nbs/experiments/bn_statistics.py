@@ -37,7 +37,7 @@ def main(argv=None):
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             batches = x[torch.randperm(len(x))[:args.photos]].split(128)
-            average_statistics(net, (pad_crop_flip(published_input(b)) for b in batches))
+            average_statistics(net, (published_input(pad_crop_flip(b)) for b in batches))      # black borders, as they had them
             plain.append(wrong(net, tx, ty))
         told['nets'][f'ResNet-{depth}'] = dict(moving=moving, plain=plain)
         print(f'ResNet-{depth}: {moving} of {len(ty):,} wrong with moving averages, {plain} with plain ones', flush=True)
