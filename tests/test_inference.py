@@ -29,6 +29,7 @@ from resnet_fastai.engine.files import DataError
 from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.engine.photo import open_photo
 from resnet_fastai.inference import dense_probs, evaluate, paper_scales, predict_probs
+from resnet_fastai.practice import predict_folder as tables
 from resnet_fastai.practice.predict_folder import predict_folder
 from resnet_fastai.model import build_net
 
@@ -265,14 +266,14 @@ def test_what_cannot_be_answered_is_refused_first(model, folder, tmp_path):
 
 def test_parquet(model, folder, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(inference.importlib.util, 'find_spec', lambda name: None)
+        m.setattr(tables.importlib.util, 'find_spec', lambda name: None)
         with pytest.raises(DataError, match='need pyarrow'): predict_folder(model, folder, tmp_path/'a.parquet')
         assert not list(tmp_path.glob('a.*'))
     found = predict_folder(model, folder, tmp_path/'a.parquet', n=2)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path/'a.parquet'), found, check_dtype=False)
     a_photo(seed=98).save(folder/'zz.jpg')
     with monkeypatch.context() as m:                                                           # rows are there, and the Parquet file is not made of them
-        m.setattr(inference, '_write_parquet', lambda *a: (_ for _ in ()).throw(OSError('no room')))
+        m.setattr(tables, '_write_parquet', lambda *a: (_ for _ in ()).throw(OSError('no room')))
         with pytest.raises(OSError, match='no room'): predict_folder(model, folder, tmp_path/'a.parquet', n=2)
     found = predict_folder(model, folder, tmp_path/'a.parquet', n=2)
     assert len(found) == len(pd.read_parquet(tmp_path/'a.parquet')) and 'zz.jpg' in {*found.id}
@@ -282,12 +283,12 @@ killed = """
 import sys, time
 from tests.test_inference import *
 model = pickle.loads(sys.stdin.buffer.read())
-answers = inference._answers
+answers = tables._answers
 def slow(*args, **kw):
     for a in answers(*args, **kw): time.sleep(.05); yield a
-inference._answers = slow
-work = inference._work
-inference._work = lambda *args: work(*args, block=2)
+tables._answers = slow
+work = tables._work
+tables._work = lambda *args: work(*args, block=2)
 predict_folder(model, sys.argv[1], sys.argv[2], n=2, precision='fp32')
 """
 
@@ -324,15 +325,15 @@ def test_the_same_names_elsewhere_are_other_photos(model, folder, tmp_path, monk
 
 
 def test_a_file_that_two_fill_is_refused(tmp_path):
-    first = inference.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {})
+    first = tables.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {})
     first.add([['a', 'x']])
-    second = inference.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {})
+    second = tables.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {})
     second.add([['b', 'x']])
     with pytest.raises(DataError, match='not as it was left'): first.add([['b', 'x']])
-    assert set(inference.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {}).ids()) == {'a', 'b'}
+    assert set(tables.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {}).ids()) == {'a', 'b'}
 
 
 def test_labels_that_are_no_unicode_are_written_as_escapes(tmp_path):
-    rows = inference.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {})
+    rows = tables.ResumableCSV(tmp_path/'a.csv', ['id', 'label'], {})
     rows.add([['a', '\ud800 x'], [os.fsdecode(b'\xff'), 'y']])
     assert (tmp_path/'a.csv').read_bytes().splitlines()[1:] == [b'a,\\ud800 x', b'\xff,y'] and set(rows.ids()) == {'a', os.fsdecode(b'\xff')}
