@@ -30,7 +30,7 @@ def test_an_epoch_is_dealt_out(n, bs, world_size):
 def test_workers_do_not_change_the_batches(): assert dealt(23, 4, 2, num_workers=2) == dealt(23, 4, 2)
 
 
-def test_a_lone_photo_joins_the_batch_before(): assert [len(b) for b in dealt(21, 4, 1)[0]] == [4, 4, 4, 4, 5]
+def test_a_lone_photo_joins_the_update_before(): assert [len(b) for b in dealt(21, 4, 1)[0]] == [4, 4, 4, 4, 2, 3]
 
 
 def test_too_few_photos_for_the_processes():
