@@ -366,11 +366,11 @@ def run(o):
 
     class Checkpoint(c.Checkpoint):
         "An epoch takes half a second here: not each of them is worth a checkpoint"
-        last = 0
+        saved_at = 0
         def save(self, epoch, batch, best=False):
-            if not batch and epoch < self.n_epoch and time.monotonic() - self.last < 10: return
+            if not batch and epoch < self.n_epoch and time.monotonic() - self.saved_at < 10: return
             super().save(epoch, batch, best)
-            self.last = time.monotonic()
+            self.saved_at = time.monotonic()
     c.Checkpoint = Checkpoint
     c.train(folder, int(depth), kind, updates, int(seed), o.work/'results'/f'{name}.json', o.work/'runs'/name, precision, cache=o.work,
             bs=16 if o.dry_run else c.paper_bs, every=8 if o.dry_run else 10_000)

@@ -347,7 +347,7 @@ def test_crops_outside_photodl_are_new_in_each_epoch_and_worker(workers):
 
 
 def test_a_photodl_leaves_pythons_generator_alone(drawn):
-    dls = resnet_dls(*drawn, bs=4, size=16, num_workers=0)
+    dls = resnet_dls(*drawn, micro_bs=4, size=16, num_workers=0)
     state = random.getstate()
     list(dls.train)
     assert random.getstate() == state
@@ -369,7 +369,7 @@ def test_a_photo_that_could_not_be_read_is_tried_again(drawn, monkeypatch, tmp_p
     monkeypatch.setattr(survey.Photo, 'pixels', pixels)
     def found(**kw):
         asked.clear()
-        dls = resnet_dls(*drawn, bs=4, size=16, num_workers=0, **kw)
+        dls = resnet_dls(*drawn, micro_bs=4, size=16, num_workers=0, **kw)
         if asked[-1:] == ['train_00000.jpg']: asked.pop()     # fastai looks at the first item
         return len(dls.train_ds), len(dls.valid_ds), dls.stats
     for _ in range(2):
