@@ -424,7 +424,7 @@ def files(o, n):
     "Paths of n JPEGs of 500×375, few of them different"
     import numpy as np
 
-    from resnet_fastai.data import draw_photo
+    from resnet_fastai.engine.demo_photos import draw_photo
     folder = o.tmp/'jpegs'/'train'
     folder.mkdir(parents=True)
     for i in range(40): draw_photo('zigzag', np.random.default_rng(i)).resize((500, 375)).save(folder/f'{i}.jpg', quality=90)

@@ -29,5 +29,5 @@ def check_learner(
 ):
     "A `DataError` where the loaders have no validation photos, or the decay is none that there is"
     if decay not in ('weights', 'conv_fc', 'all'): raise DataError(f"decay is {decay!r:.80}; it must be 'weights', 'conv_fc' or 'all'")
-    if len(dls.loaders) < 2 or dls.valid.n == 0:
+    if len(dls.loaders) < 2 or not len(dls.valid):
         raise DataError("these loaders have no validation photos; leave some out of training, for example with RandomSplitter()")
