@@ -48,8 +48,9 @@ def test_nothing_is_dropped():
 
 
 @pytest.mark.paper('3.4-batch')
-def test_the_default_batch_is_the_papers():
-    for f in (ResNet, resnet_learner, Accumulate): assert signature(f).parameters['bs'].default == 256
+def test_the_default_batch_is_the_papers(drawn):
+    for f in (resnet_learner, Accumulate): assert signature(f).parameters['bs'].default == 256
+    assert ResNet(*drawn, arch='cifar_resnet8', size=32, num_workers=0).learn.accumulate.bs == 256
 
 
 # ── What the page rests on ───────────────────────────────────────────────────────────────────────────────────────────────────
