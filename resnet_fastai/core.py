@@ -11,6 +11,7 @@ __all__ = ['ResNet', 'train']
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
+from numbers import Integral
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -64,8 +65,8 @@ class ResNet:
             weights = kwargs['weights'] = read_weights(weights, arch)
             kwargs = dict(n_out=None, size=weights.size or 224) | kwargs
         bs = (256 if weights is None else 32) if bs is None else bs
-        if bs < 1 or micro_bs < 1:
-            raise DataError(f"bs={bs} and micro_bs={micro_bs} must be 1 or more")
+        if not all(isinstance(n, Integral) and n >= 1 for n in (bs, micro_bs)):
+            raise DataError(f"bs={bs!r} and micro_bs={micro_bs!r} must be 1 or more, whole numbers")
         if seed is not None: set_seed(seed)
         recipe = {k: kwargs.pop(k) for k in signature(resnet_learner).parameters if k in kwargs}
         dls = resnet_dls(data_path, label_path, label_encoding, micro_bs=micro_bs, **kwargs)

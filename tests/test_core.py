@@ -67,6 +67,11 @@ def test_epochs_are_whole_numbers(model, epochs):
     with pytest.raises(DataError, match=f'epochs is {epochs!r}'): model.fit(epochs)
 
 
+@pytest.mark.parametrize('kw', [dict(bs='4'), dict(bs=0), dict(micro_bs=2.5), dict(micro_bs=-1)], ids=str)
+def test_batches_are_whole_numbers(demo, kw):
+    with pytest.raises(DataError, match='must be 1 or more'): ResNet(*demo, **tiny | kw)
+
+
 def test_a_run_in_two_sessions_is_one_run(demo, tmp_path):
     whole = ResNet(*demo, **tiny)
     with whole.learn.no_bar(), whole.learn.no_logging(): whole.fit(2)
