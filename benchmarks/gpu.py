@@ -8,7 +8,7 @@
 2. Rates: ResNet-50's training step against a bare PyTorch loop, the loader, prediction with 50 crops.
 3. CIFAR-10: how many small networks train side by side best; then whole runs of 64,000 updates, which are resumed by the next call.
 
-Every figure is written as soon as it exists: to gpu.json, and each run's epochs and checkpoints to runs.tar, both in --out. Work in
+Every figure is written as soon as it exists: to gpu.json, and each run's epochs and checkpoints to runs-1.tar, runs-2.tar, …, all in --out. Work in
 progress lies in --work. On a machine that forgets everything, give the files of the last call by `--resume FOLDER`."""
 import argparse
 import json
@@ -29,7 +29,7 @@ sys.path[0] = str(root)                                        # not this folder
 sys.path.insert(1, str(root/'nbs'/'experiments'))
 
 # name: seconds it may take. What is measured runs alone; checks run side by side
-checks = dict(train=60, predict=90, evaluate=90, save_load=90, resume=120, bf16=90, fp16=90, channels_last=90, graph=120, two_processes=120, compile=180)
+checks = dict(train=60, compile=180, graph=120, predict=90, evaluate=90, save_load=90, resume=120, bf16=90, fp16=90, channels_last=90, two_processes=120)
 rates = dict(train_step=75, train_step_compiled=180, loader=45, fifty_crops=45)
 side_by_side = (1, 3, 6)                                       # networks at a time, of which the best is chosen
 runs = [(kind, depth, seed) for seed in range(5) for kind, depth in (
@@ -515,8 +515,8 @@ class Whole:
         if not folder or not (folder/'gpu.json').exists() or self.file.exists(): return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder/'gpu.json', self.file)
-        if (folder/'runs.tar').exists():
-            with tarfile.open(folder/'runs.tar') as t: t.extractall(self.o.work, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
+        for tar in sorted(folder.glob('runs-*.tar')):
+            with tarfile.open(tar) as t: t.extractall(self.o.work, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
 
     def left(self): return self.end - time.monotonic()
 
@@ -666,18 +666,27 @@ class Whole:
         return f"{r['updates_done']:6,} updates, error {r['top1_error']:.2%}, training error {r['train_error']:.2%}, {r['seconds']:.0f} s"
 
     def bundle(self, every=0):
-        "gpu.json and runs.tar anew: epochs of all runs, and of each the newest checkpoint"
+        "gpu.json and runs-*.tar anew: epochs of all runs, and of each the newest checkpoint; none above 15 MB, which mail and forms take"
         self.keep()
         if time.monotonic() - self.bundled < every: return
         self.bundled = time.monotonic()
-        found = [*(self.o.work/'results').glob('*.json')]
-        for folder in (self.o.work/'runs').glob('*'):
-            found += [*sorted(folder.glob('checkpoint-*.pt'))[-1:], *folder.glob('history.csv')]
-        part = self.o.out/'.runs.tar'
-        with tarfile.open(part, 'w') as t:
-            for f in found:
-                with suppress(OSError): t.add(f, f.relative_to(self.o.work))     # a checkpoint may just have been replaced by a newer one
-        part.replace(self.o.out/'runs.tar')
+        found = sorted((self.o.work/'results').glob('*.json'))
+        for folder in sorted((self.o.work/'runs').glob('*')): found += [*folder.glob('history.csv'), *sorted(folder.glob('checkpoint-*.pt'))[-1:]]
+        parts, room = [[]], 15e6
+        for f in found:
+            with suppress(OSError):                            # a checkpoint may just have been replaced by a newer one
+                size = f.stat().st_size + 2048
+                if parts[-1] and size > room: parts, room = [*parts, []], 15e6
+                parts[-1].append(f)
+                room -= size
+        for i, files_ in enumerate(parts, 1):
+            part = self.o.out/f'.runs-{i}.tar'
+            with tarfile.open(part, 'w') as t:
+                for f in files_:
+                    with suppress(OSError): t.add(f, f.relative_to(self.o.work))
+            part.replace(self.o.out/f'runs-{i}.tar')
+        for f in self.o.out.glob('runs-*.tar'):
+            if int(f.stem[5:]) > len(parts): f.unlink()
 
     def table(self):
         "What was found, for people"
@@ -743,9 +752,9 @@ def cifar_folder(o):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--minutes', type=float, help='after which it has ended; default: 12, and 60 with --dry-run')
-    p.add_argument('--out', type=Path, help='gpu.json, runs.tar and table.txt; default: runs/gpu, and runs/gpu-dry with --dry-run')
+    p.add_argument('--out', type=Path, help='gpu.json, runs-*.tar and table.txt; default: runs/gpu, and runs/gpu-dry with --dry-run')
     p.add_argument('--work', type=Path, help='checkpoints, logs and photos; default: runs/gpu-work, runs/gpu-dry-work')
-    p.add_argument('--resume', type=Path, help='a folder with gpu.json and runs.tar of an earlier call')
+    p.add_argument('--resume', type=Path, help='a folder with gpu.json and runs-*.tar of an earlier call')
     p.add_argument('--cifar', type=Path, help='CIFAR-10, in any layout that nbs/experiments/cifar10.py reads')
     p.add_argument('--parts', nargs='+', choices=['checks', 'rates', 'cifar'], default=['checks', 'rates', 'cifar'])
     p.add_argument('--only', nargs='+', help=f'of the checks and rates these: {", ".join([*checks, *rates])}')

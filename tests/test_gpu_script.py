@@ -143,7 +143,7 @@ def test_runs_are_stopped_in_time_bundled_and_gone_on_with(gpu, tmp_path, monkey
     w.cifar()
     known = json.loads((tmp_path/'out'/'gpu.json').read_text())['cifar']
     assert known['resnet20-0']['updates_done'] == 64_000 and known['plain20-0']['updates_done'] < 64_000
-    with tarfile.open(tmp_path/'out'/'runs.tar') as t: names = t.getnames()
+    with tarfile.open(tmp_path/'out'/'runs-1.tar') as t: names = t.getnames()
     assert sorted(n for n in names if n.endswith('.json')) == ['results/plain20-0.json', 'results/resnet20-0.json']
     assert 'runs/resnet20-0/checkpoint-000064000-epoch.pt' in names and len([n for n in names if 'resnet20-0/check' in n]) == 1
     # elsewhere, from the bundle
@@ -183,7 +183,7 @@ def test_the_dry_run_of_three_steps(tmp_path):
     assert known['steps']['graph']['same_to_the_bit'] and known['steps']['graph']['replays'] > 8
     assert known['dry_run'] and {n: r['updates_done'] for n, r in known['cifar'].items()} == {'resnet8-0': 20, 'plain8-0': 20}, known['cifar']
     assert 'DRY RUN' in (tmp_path/'out'/'table.txt').read_text()
-    assert [p.name for p in sorted((tmp_path/'out').iterdir())] == ['gpu.json', 'runs.tar', 'table.txt']
+    assert [p.name for p in sorted((tmp_path/'out').iterdir())] == ['gpu.json', 'runs-1.tar', 'table.txt']
     again = call(tmp_path, '--dry-run', '--parts', 'checks', 'cifar', '--only', 'graph', 'predict')
     assert again.returncode == 0 and 'works' not in again.stdout.split('\n')[0]                  # all was done already
 
