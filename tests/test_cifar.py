@@ -473,3 +473,14 @@ def test_stored_layers(file):
         assert len(singles) == 15 and all(singles[int(d),] == n['error'] for d, n in told['nets'].items())
         assert {int(d): len(rows) for d, rows in told['without_block'].items()} == {20: 9, 56: 27}
     if file.stem == 'jpeg': assert told['rows'][0]['quality'] is None and round(told['rows'][0]['error']*10_000) == 827
+
+
+def test_a_run_that_moves_says_where_its_parts_were_computed(tmp_path):
+    file, here = tmp_path/'run.json', dict(machine=dict(gpu=None), commit='b')
+    assert cifar.earlier_parts(file, here) == []
+    file.write_text(json.dumps(dict(machine=dict(gpu='H200'), commit='a', updates_done=390)))
+    first = [dict(machine=dict(gpu='H200'), commit='a', updates_done=390)]
+    assert cifar.earlier_parts(file, here) == first
+    file.write_text(json.dumps(here | dict(updates_done=780, earlier=first)))
+    assert cifar.earlier_parts(file, here) == first                      # stopped and gone on with at the same place
+    assert cifar.earlier_parts(file, here | dict(commit='c')) == [*first, here | dict(updates_done=780)]

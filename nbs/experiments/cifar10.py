@@ -418,6 +418,17 @@ def about(dls, depth, kind, updates, seed, precision, hold_out):
                 evaluated_on='hold-out' if hold_out else 'test', evaluated_photos=len(dls.valid.dataset))
 
 
+def earlier_parts(
+    file:Path, # What the run has stored so far
+    now:dict, # Its `about`
+) -> list: # machine, commit and updates_done, in order
+    "The parts of a run that were computed on another machine or by other code"
+    if not file.exists(): return []
+    was = json.loads(file.read_text())
+    same = all(was[k] == now[k] for k in ('machine', 'commit'))
+    return was.get('earlier', []) + ([] if same else [{k: was[k] for k in ('machine', 'commit', 'updates_done')}])
+
+
 def train(
     folder:str|Path, # CIFAR-10, in one of `layouts`
     depth:int=20, # Layers, 6n+2: 20, 32, 44, 56, 110
@@ -440,7 +451,8 @@ def train(
     for dl in dls.loaders: dl.rng.seed(seed)
     name = f'{kind}{depth}-{updates}-{seed}' + (f'-{hold_out}' if hold_out else '')
     told = about(dls, depth, kind, updates, seed, precision, hold_out) | dict(data=data['about'])
-    results = Results(out or Path(__file__).parent/'results'/f'{name}.json', told, quiet)
+    out = Path(out or Path(__file__).parent/'results'/f'{name}.json')
+    results = Results(out, told | dict(earlier=earlier_parts(out, told)), quiet)
     keep = Checkpoint(run_folder or root/'runs'/'cifar10'/name, every=every)
     learn = cifar_learner(dls, depth, kind, updates, precision, [results, keep])
     results.about |= dict(parameters=count_params(learn.model), macs=count_macs(learn.model, 32), graph=hasattr(learn, 'cuda_graph'),
