@@ -173,7 +173,7 @@ def check_shares(val, test, folds):
 def _tell(source, rows, names, y, split, copy, keys):
     "What was drawn, and which classes are too small to say much"
     n, amounts = Counter(split.tolist()), np.bincount(y)
-    print(f"{source}: {len(y):,} photos of {len(names):,} classes: {n['train']:,} to train on, {n['val']:,} to validate with"
+    print(f"{Path(source).name}: {len(y):,} photos of {len(names):,} classes: {n['train']:,} to train on, {n['val']:,} to validate with"
           + (f", {n['test']:,} to test with" if n['test'] else '')
           + (f"; {len({k for k in keys if k is not None}):,} groups, each in one split" if any(k is not None for k in keys) else ''))
     labels = {}
