@@ -20,7 +20,8 @@ from torch import nn
 
 from resnet_fastai.engine import cuda_graph
 from resnet_fastai.engine.checkpoint import Checkpoint, read_checkpoint
-from resnet_fastai.engine.cuda_graph import CudaGraph, TapeGraph, foreach_step
+from resnet_fastai.engine.cuda_graph import CudaGraph, TapeGraph
+from resnet_fastai.engine.foreach import foreach_step
 from resnet_fastai.engine.finite import LossError
 from resnet_fastai.training import MultiStepLR, WarmUp, caffe_sgd, resnet_learner
 
