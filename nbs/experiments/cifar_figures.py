@@ -12,6 +12,7 @@ of every 3×3 layer while the network is trained, and its responses after each e
 import argparse
 import copy
 import io
+import json
 import re
 import sys
 from itertools import combinations, islice
@@ -153,8 +154,11 @@ def trained_here(folder, runs, out, batches=20, bs=paper_bs):
     "Each run's newest checkpoint: its error, its responses and its gradients"
     data = cifar10(folder)
     told = _about(f'--runs {Path(runs).name}', data) | dict(photos=len(data['test'][0]), batches=batches, nets={})
+    known = json.loads(out.read_text())['nets'] if out.exists() else {}          # of checkpoints that are the same still
     for name, file in checkpoints(runs).items():
         kind, depth = re.match('(plain|resnet)([0-9]+)', name).groups()
+        told['nets'][name] = known.get(name, dict(updates=None))
+        if told['nets'][name]['updates'] == int(re.search('[0-9]+', file.name)[0]): continue
         state, dls = read_checkpoint(file), cifar_dls(data, bs, device='cpu')
         net = build_net(f'cifar_{kind}{depth}', len(data['classes']))
         net.load_state_dict(state['model'])

@@ -154,7 +154,6 @@ def why_not(
     if num_distrib() > 1: return "several processes train together"
     if getattr(learn, 'scaler', None): return "fp16 decides after each backward pass whether its gradients can be used"
     if hasattr(learn, 'accumulate') and bs != learn.accumulate.bs: return f"an update has {learn.accumulate.bs} photos, and a batch {bs}"
-    if any(getattr(m, '_compiled_call_impl', None) or hasattr(m, '_orig_mod') for m in learn.model.modules()): return "the network is compiled"
     if _hooked(learn.model): return "the network has hooks"
     if learn.recorder.train_metrics: return "the recorder computes metrics of the training batches"
     if not isinstance(learn.opt, Optimizer): return "the optimizer is none of fastai's"
