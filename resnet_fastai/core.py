@@ -14,10 +14,8 @@ from inspect import signature
 from numbers import Integral
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
 from fastai.torch_core import default_device, rank_distrib, set_seed
 from fastcore.basics import patch
@@ -30,8 +28,9 @@ from .engine.distributed import distribute
 from .engine.files import DataError, PhotoError
 from .engine.weight_sources import read_weights
 from .inference import predict_probs
-from .practice import look, predict_folder, protocol, share
+from .practice import protocol, share
 from .practice.look import require_trained, top_labels
+from .practice.methods import Practice
 from .training import Checkpoint, resnet_learner
 
 # %% ../nbs/06_core.ipynb #ee390535
@@ -43,7 +42,7 @@ def _delegates(first, second):
     return lambda f: delegates(linked)(delegates(first, keep=True)(f))
 
 # %% ../nbs/06_core.ipynb #2d35f55c
-class ResNet:
+class ResNet(Practice):
     "The paper's network on your photos: `fit`, `predict`, `predict_n`, `evaluate`, `save`, `load`"
     @_delegates(resnet_learner, resnet_dls)
     def __init__(self,
@@ -194,24 +193,6 @@ def evaluate(self:ResNet, **kwargs) -> pd.DataFrame: # A row a protocol (and cla
     "Top-1 and top-5 error on a split, by one or more of the test protocols"
     return inference.evaluate(self, **kwargs)
 
-@patch
-@delegates(protocol.choose_protocol)
-def choose_protocol(self:ResNet,
-    protocols:list|None=None, # As for `evaluate`; None: the paper's, and at the training's scales
-    **kwargs
-) -> pd.DataFrame: # A row a protocol, the choice first: error, its interval, log loss, crops
-    "Measure protocols on the validation photos; predictions follow the best, also in a saved model"
-    return protocol.choose_protocol(self, protocols, **kwargs)
-
-@patch
-@delegates(predict_folder.predict_folder)
-def predict_folder(self:ResNet,
-    photos:str|Path|list, # A folder, searched to the bottom, or a list of paths
-    **kwargs
-) -> pd.DataFrame: # id, label_1, prob_1, …, error
-    "The likeliest labels of every photo, in a table that an interrupted run goes on with"
-    return predict_folder.predict_folder(self, photos, **kwargs)
-
 # %% ../nbs/06_core.ipynb #31e8acd1
 @patch
 def save(self:ResNet,
@@ -234,63 +215,3 @@ def _from(cls:ResNet, trained, device):
     model, device = cls.__new__(cls), default_device() if device is None else device
     model._adopt(None, trained._replace(net=trained.net.to(device)))
     return model
-
-# %% ../nbs/06_core.ipynb #01c9fba1
-@patch
-@delegates(look.show_prediction)
-def show_prediction(self:ResNet,
-    photo, # What `predict` takes
-    n:int=5, # Labels for each photo; fewer where the model knows fewer
-    **kwargs
-) -> plt.Figure: # Each photo beside its bars
-    "Draw photos beside the probabilities of their likeliest labels"
-    return look.show_prediction(self, photo, n, **kwargs)
-
-@patch
-def show_crops(self:ResNet,
-    photo, # A path, URL, bytes, PIL image or array
-) -> plt.Figure: # A row a scale
-    "Draw the 50 crops of a photo, and which of them agree with their average"
-    return look.show_crops(self, photo)
-
-@patch
-def show_cam(self:ResNet,
-    photo, # A path, URL, bytes, PIL image or array
-    label:str|None=None, # The label that is asked about; None: the likeliest
-) -> plt.Figure: # The photo, and its grey copy with what speaks for the label
-    "Draw where in a photo the evidence for a label lies"
-    return look.show_cam(self, photo, label)
-
-@patch
-def interpretation(self:ResNet,
-    split:str='val', # 'val', 'test' or 'train'; its photos need labels
-) -> ClassificationInterpretation: # `plot_confusion_matrix`, `most_confused`, `plot_top_losses`, …
-    "fastai's `ClassificationInterpretation` of a split"
-    return look.interpretation(self, split)
-
-# %% ../nbs/06_core.ipynb #b7d112d6
-@patch
-@delegates(share.export_model)
-def export(self:ResNet,
-    folder:str|Path, # Made if need be
-    **kwargs
-) -> Path: # The file; beside it, the same name with .json: size, scales, encoding
-    "Write the network for other programs: (batch,3,size,size) RGB in [0,1] → (batch,n_out)"
-    return share.export_model(self, folder, **kwargs)
-
-@patch(cls_method=True)
-@delegates(share.from_torchvision)
-def from_torchvision(cls:ResNet,
-    source:dict|str|Path, # A state dict, or a .pth, .pt or .safetensors file of one
-    label_encoding:str|Path|dict, # {label: index}, or a JSON file of it
-    device=None, # Where it predicts; None: the GPU where there is one
-    **kwargs
-) -> ResNet: # Predicts; it has no photos to train on
-    "A model with torchvision's weights"
-    return cls._from(share.from_torchvision(source, label_encoding, **kwargs), device)
-
-@patch
-@delegates(share.to_torchvision)
-def to_torchvision(self:ResNet, **kwargs) -> dict: # {name: tensor}
-    "The weights for torchvision's network of the same name"
-    return share.to_torchvision(self, **kwargs)

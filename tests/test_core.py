@@ -1,6 +1,8 @@
 "`ResNet` and `train`: what people type, beside the functions that do the work and beside torchvision."
 import shutil
+import sys
 from inspect import signature
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,7 +19,12 @@ from resnet_fastai.engine.files import DataError
 from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.engine.photo import open_photo
 from resnet_fastai.practice import look
+from resnet_fastai.practice.methods import Practice
 from resnet_fastai.training import resnet_learner
+
+root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root/'tools'))
+import reference  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 tiny = dict(arch='cifar_resnet8', size=32, bs=16, micro_bs=16, num_workers=0)
@@ -53,6 +60,18 @@ def test_it_takes_what_its_parts_take():
 def test_pictures_take_what_their_functions_take(theirs, ours):
     defaults = lambda f: {k: (p.default, docments(f)[k]) for k, p in signature(f).parameters.items() if p.default is not p.empty}
     assert defaults(ours) == defaults(theirs)
+
+
+def test_each_method_of_practice_says_what_it_takes():
+    "Signatures as people see them: no `kwargs` left, a comment for each parameter, and the reference page lists the method"
+    page = next(m for m in reference.read_modules(root/'resnet_fastai') if m.name == 'practice.methods')
+    listed = {m.name.partition('.')[2]: m for e in page.entries for m in e.members}
+    methods = {name: getattr(ResNet, name) for name in vars(Practice) if not name.startswith('_')}
+    assert {'show_prediction', 'show_crops', 'show_cam', 'interpretation', 'export', 'to_torchvision', 'predict_folder', 'choose_protocol'} <= {*methods}
+    for name, f in methods.items():
+        takes, docs = signature(f).parameters, docments(f)
+        assert 'kwargs' not in takes and f.__doc__ and listed[name].says == f.__doc__, name
+        assert all(docs[k] for k in takes if k not in ('self', 'cls')), name
 
 
 def test_history_goes_on_over_fits(model):
