@@ -48,6 +48,14 @@ def folder_photos(
     return PhotoList(folder, [os.fsencode(Path(os.path.relpath(p, root)).as_posix()) for p in list_photos(folder)])
 
 
+def training_photos(
+    folder:str|Path, # Folder with train/, any folder of photos, or shards of one
+) -> 'PhotoList': # Sorted
+    "The photos of train/, or all where there is no such folder"
+    if (shards := open_shards(folder)): return ShardList(shards, shards.rows('train') or shards.rows())
+    return folder_photos(train if (train := Path(folder)/'train').is_dir() else folder)
+
+
 class PhotoPath(type(Path())):
     "The path of a photo that remembers its label, and where its bytes are if not in a file of that name"
     label = source = None

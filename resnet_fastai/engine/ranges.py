@@ -12,6 +12,7 @@ from .download import _reason, _Timed, shown_url
 from .files import DataError, PhotoError
 
 waits = 0, .1, .5, 2, 8, 30                       # Seconds before each further attempt: a server may restart meanwhile
+patience, slowest = 60, 1e5                       # Seconds that an answer may take, and bytes a second
 _jitter = random.Random()                         # not the generator that seeds set
 
 
@@ -83,7 +84,7 @@ class RangeReader:
     def _once(self, url, start, size, of, most, hops=5):
         headers = {'User-Agent': 'resnet_fastai', 'Accept-Encoding': 'identity'}
         if start is not None: headers['Range'] = f'bytes={start}-{start + size - 1}'
-        c, parts = self._connection(url, 60 + (most if size is None else size)/1e5), urlsplit(url)
+        c, parts = self._connection(url, patience + (most if size is None else size)/slowest), urlsplit(url)
         c.request('GET', urlunsplit(('', '', parts.path or '/', parts.query, '')), headers=headers)
         r = c.getresponse()
         if r.status in (301, 302, 303, 307, 308) and hops:

@@ -1,8 +1,4 @@
-"""Photos in tar files (shards) with an index of their places: read one by one, from a folder or over HTTP.
-
-A folder of shards holds `train-000000.tar` and so on, `shards.json` (their sizes and checksums) and `shards.index`: four columns with a row a
-photo, sorted by name: where it begins (in blocks of 512 bytes, the shards laid end to end), its size, its CRC-32, and its name without
-the first folder, which `shards.json` gives for runs of rows. The columns are mapped, not read, so all processes share one copy."""
+"""Photos in tar files (shards) with an index of their places: read one by one, from a folder or over HTTP."""
 import hashlib
 import json
 import os
@@ -20,10 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cache import cache_folder
 from .download import shown_url
 from .files import atomic_write, DataError, PhotoError, read_regular
 from .ranges import RangeReader
+
+# A folder of shards holds `train-000000.tar` and so on, `shards.json` (their sizes and checksums) and `shards.index`: four columns with a
+# row a photo, sorted by name: where it begins (in blocks of 512 bytes, the shards laid end to end), its size, its CRC-32, and its name
+# without the first folder, which `shards.json` gives for runs of rows. The columns are mapped, not read, so all processes share one copy.
 
 block = 512                                       # Bytes, of a tar file
 header_name, index_name = 'shards.json', 'shards.index'
@@ -81,6 +80,7 @@ def fetch_index(
     url:str, # Of a folder of shards, ending in /
 ) -> Path: # A folder of this machine with its shards.json and shards.index, for `Shards`
     "Fetch the index of shards that a server has"
+    from .cache import cache_folder                                   # brings fastai, which finding photos does not need
     reader = RangeReader(url)
     data = reader.read(header_name, most=64 << 20)
     header = read_header(data, shown_url(reader.url(header_name)))
@@ -183,7 +183,7 @@ class Shards:
     def __len__(self): return len(self.texts)
     def __repr__(self): return f'Shards({len(self):,} photos in {len(self.header["shards"]):,} shards of {self.place})'
     @property
-    def place(self): return shown_url(self.url).rstrip('/') if self.url else self.folder
+    def place(self): return shown_url(self.url.split('?')[0]).rstrip('/') if self.url else self.folder
 
     def _mapped(self, n, width):
         path = os.path.join(self.folder, index_name)

@@ -195,7 +195,7 @@ def demo(
                f'50-crop top-1 on {len(test)} test photos: {right:.1%} right (chance {1/len(model.labels):.1%})\n'
                f'look at {folder}/curves.png and {folder}/predictions.png; the model is in {folder}/model')
 
-Data = Annotated[str, typer.Argument(help='Folder with train/ and val/, or the URL of an archive of one')]
+Data = Annotated[str, typer.Argument(help='Folder with train/ and val/, or its shards, or the URL of an archive or of shards')]
 Labels = Annotated[Path, typer.Argument(help='JSON {image id: label}')]
 Encoding = Annotated[Path, typer.Argument(help='JSON {label: index}')]
 
@@ -232,11 +232,10 @@ def stats(
         from resnet_fastai.augment import ColorStats
         from resnet_fastai.data import resolve_data
         from resnet_fastai.engine.files import DataError
-        from resnet_fastai.engine.layout import list_photos
+        from resnet_fastai.engine.layout import training_photos
         if save and save.exists(): raise DataError(f'{save} exists already; name a new file with --save')
         if save and not save.parent.is_dir(): raise DataError(f'{save.parent} is not a folder; name a file in a folder that exists with --save')
-        root = resolve_data(data_path)
-        found = ColorStats.fit(list_photos(root/'train' if (root/'train').is_dir() else root))
+        found = ColorStats.fit(training_photos(resolve_data(data_path)))
         if save: found.save(save)
         answer(found.as_dict(), _colors(found))
 
@@ -400,6 +399,27 @@ def resume(
         net.learn.checkpoint.find()                           # or its complaint, and nothing has been changed
         write_json(run/'args.json', args)
         _fit(net, args, run, answer)
+
+@app.command('pack', short_help='a folder of photos as a few large tar files, to train from')
+def _pack(
+    data_path: Annotated[str, typer.Argument(help='Folder with train/ and val/, or of any photos')],
+    dest: Annotated[Path, typer.Argument(help='A new folder, or one that an earlier call has begun')],
+    shard_mb: Annotated[int, typer.Option(min=1, help='MiB of a tar file at the most')] = 256,
+    short_side: Annotated[Optional[int], typer.Option(min=1, help='Resize larger photos to this short side, pixels; without it they stay as they are')] = None,
+    label_path: Annotated[Optional[Path], typer.Option('--labels', help='JSON {image id: label}, for .cls files that other programs read')] = None,
+    label_encoding: Annotated[Optional[Path], typer.Option('--encoding', help='JSON {label: index}')] = None,
+    as_json: Json = False,
+):
+    """Pack photos into tar files with an index, which train like the folder. A call that was stopped goes on where it was.
+
+    Example: resnet-fastai pack photos photos-shards"""
+    with answering(as_json) as answer:
+        from resnet_fastai.engine.shards import Shards
+        from resnet_fastai.practice.pack import pack_photos
+        pack_photos(data_path, dest, shard_mb, short_side, label_path=label_path, label_encoding=label_encoding)
+        found = Shards(dest)
+        answer(dict(folder=dest, photos=len(found), shards=len(found.header['shards'])), f'{found!r}; check a copy with: sha256sum -c SHA256SUMS')
+
 
 Split = Enum('Split', dict(train='train', val='val', test='test'), type=str)
 Protocol = Enum('Protocol', {'1crop': '1crop', '10crop': '10crop', '50crop': '50crop', 'dense': 'dense'}, type=str)

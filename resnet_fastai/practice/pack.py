@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from ..data import LabelMap
 from ..engine.batching import prefetch
 from ..engine.fetch import resolve_data
 from ..engine.files import _sync, DataError, PhotoError, read_json_object, sync_folder, write_json
-from ..engine.layout import folder_photos, link_photo, splits, stamp
-from ..engine.photo import Photo
-from ..engine.shards import _sha256, block, header_name, index_name, open_shards, write_index
+from ..engine.layout import folder_photos, splits
+from ..engine.lock import lock_folder, unlock_folder
+from ..engine.shards import _sha256, block, header_name, open_shards, write_index
 from .prepare import check_shrinking, shrunk
 
 __all__ = ['pack_photos', 'verify_shards']
@@ -48,7 +49,8 @@ def _labels(photos, root, label_path, label_encoding) -> list:
 
 def _bytes(path, short_side, quality) -> bytes:
     "A photo as it is packed: as it is, or smaller, as `shrink_photos` would write it"
-    if short_side and (data := shrunk(path, short_side, quality)) is not None: return data
+    with suppress(PhotoError):
+        if short_side and (data := shrunk(path, short_side, quality)) is not None: return data
     try: return bytes(path.source.read() if path.source else path.read_bytes())
     except OSError as e: raise PhotoError(f"{str(path)!r} cannot be read: {e.strerror}; repair or remove it, and pack again: it goes on where it was") from None
 
@@ -115,7 +117,7 @@ class _Writer:
 
 def _write_shards(photos, labels, order, dest, most, load, num_workers) -> list:
     "Write what an earlier call has not; the records of all shards"
-    records, bar = [], progress_bar(range(len(photos)), leave=False)
+    records, names, bar = [], photos.names, progress_bar(range(len(photos)), leave=False)
     ticks = iter(bar)
     for top,places in order.items():
         writer = _Writer(dest, top, most)
@@ -123,7 +125,7 @@ def _write_shards(photos, labels, order, dest, most, load, num_workers) -> list:
         for _ in range(have): next(ticks)
         try:
             for place,(data,crc) in zip(places[have:], prefetch(load, (photos[i] for i in places[have:]), num_workers)):
-                writer.add(place, *_sample(f'{place:09}', photos.names[place], labels[place], data), len(data), crc)
+                writer.add(place, *_sample(f'{place:09}', names[place], labels[place], data), len(data), crc)
                 next(ticks)
             writer.close()
         finally: writer.abandon()
@@ -132,8 +134,10 @@ def _write_shards(photos, labels, order, dest, most, load, num_workers) -> list:
     return records
 
 
-def _finish(dest, photos, records, note):
-    "The index, the checksums, and nothing of the work"
+def _finish(dest, root, photos, records, note):
+    "The label files, the checksums, the index, and nothing of the work"
+    for p in root.glob('*.json'):
+        if p.name != header_name and not (dest/p.name).exists(): shutil.copyfile(p, dest/p.name)
     columns, begin = np.zeros((3, len(photos)), np.uint32), 0
     for r in records:
         row, at, size, crc = np.array(r['rows'], np.int64).T
@@ -150,7 +154,9 @@ def _note(root, photos, labels, settings) -> dict:
     "What is packed, and how: another call goes on only with the same"
     digest = hashlib.sha256(json.dumps(labels).encode())
     for name,(_,was) in zip(photos.names.tolist(), photos.stamps()): digest.update(name + repr(was).encode())
-    return dict(source=str(root.resolve()), photos=digest.hexdigest(), **settings)
+    sizes = [was[0] for _,was in photos.stamps() if was]
+    if max(sizes, default=0) >= 1 << 32 or sum(sizes) > 2e12: raise DataError(f"{root} holds more than 2 TB, or a photo of 4 GB; pack it in parts")
+    return dict(photos=digest.hexdigest(), **settings)
 
 
 def _begin(dest, root, note) -> bool:
@@ -189,11 +195,12 @@ def pack_photos(
     labels = _labels(photos, root, label_path, label_encoding)
     note = _note(root, photos, labels, dict(shard_mb=shard_mb, short_side=short_side, quality=quality if short_side else None))
     if _begin(dest, root, note):
-        def load(path): return (data := _bytes(path, short_side, quality)), zlib.crc32(data)
-        records = _write_shards(photos, labels, _order(photos), dest, shard_mb << 20, load, num_workers)
-        for p in root.glob('*.json'):
-            if p.name != header_name and not (dest/p.name).exists(): shutil.copyfile(p, dest/p.name)
-        _finish(dest, photos, records, note)
+        lock_folder(dest/_begun)
+        try:
+            def load(path): return (data := _bytes(path, short_side, quality)), zlib.crc32(data)
+            records = _write_shards(photos, labels, _order(photos), dest, shard_mb << 20, load, num_workers)
+            _finish(dest, root, photos, records, note)
+        finally: unlock_folder(dest/_begun)
     shards = open_shards(dest).header['shards']
     print(f"{len(photos):,} photos in {len(shards):,} shards of {dest}, {sum(size for _,size,_ in shards)/1e6:,.0f} MB")
     return dest
