@@ -69,7 +69,7 @@ def epoch(dls, ahead=True):
 
 
 def rates(root, args):
-    from resnet_fastai.practice.pack import pack_photos
+    from resnet_fastai.practice.shards import pack_photos
     paths, what = photos(args.photos)
     a_set(root/'photos', paths, args.n)
     start = time.perf_counter()
@@ -94,7 +94,7 @@ def first_batch(data_path, labels, encoding):
 
 
 def firsts(root, args):
-    from resnet_fastai.practice.pack import pack_photos
+    from resnet_fastai.practice.shards import pack_photos
     root.mkdir()
     tree(root, args.files, args.files//25)
     pack_photos(root/'data', root/'shards')

@@ -33,9 +33,9 @@ from resnet_fastai.engine.photo import Photo
 from resnet_fastai.engine.shards import open_shards, read_header, Shards, write_index
 from resnet_fastai.engine.survey import survey_file
 from resnet_fastai.inference import evaluate
-from resnet_fastai.practice import pack
+from resnet_fastai.practice import shards as pack
 from resnet_fastai.practice.cli import app
-from resnet_fastai.practice.pack import pack_photos, verify_shards
+from resnet_fastai.practice.shards import pack_photos, verify_shards
 from resnet_fastai.practice.predict_folder import predict_folder
 from resnet_fastai.practice.prepare import check_data, shrink_photos
 

@@ -415,7 +415,7 @@ def _pack(
     Example: resnet-fastai pack photos photos-shards"""
     with answering(as_json) as answer:
         from resnet_fastai.engine.shards import Shards
-        from resnet_fastai.practice.pack import pack_photos
+        from resnet_fastai.practice.shards import pack_photos
         pack_photos(data_path, dest, shard_mb, short_side, label_path=label_path, label_encoding=label_encoding)
         found = Shards(dest)
         answer(dict(folder=dest, photos=len(found), shards=len(found.header['shards'])), f'{found!r}; check a copy with: sha256sum -c SHA256SUMS')
