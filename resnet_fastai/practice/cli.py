@@ -1,7 +1,7 @@
 """Check, train, stop, go on, measure and predict without opening Python."""
 __all__ = ['app', 'Json', 'demo_args', 'Data', 'Labels', 'Encoding', 'OnBad', 'Precision', 'Schedule', 'Split', 'Protocol',
            'Format', 'limits', 'LogStream', 'plain', 'table', 'answering', 'records', 'main', 'stoppable', 'demo',
-           'check', 'stats', 'resume']
+           'split', 'check', 'stats', 'resume']
 
 import csv
 import json
@@ -162,7 +162,7 @@ def _on_stop(folder):
 
 def _forget(folder):
     "Remove what `_on_stop` has left"
-    for p in (*folder.glob('checkpoint-*.pt'), folder/'history.csv'): p.unlink(missing_ok=True)
+    for p in (*folder.glob('checkpoint-*.pt'), folder/'history.csv', folder/'resumes.csv'): p.unlink(missing_ok=True)
     with suppress(OSError): folder.rmdir()
 
 
@@ -199,6 +199,28 @@ Data = Annotated[str, typer.Argument(help='Folder with train/ and val/, or the U
 Labels = Annotated[Path, typer.Argument(help='JSON {image id: label}')]
 Encoding = Annotated[Path, typer.Argument(help='JSON {label: index}')]
 
+
+@app.command(short_help='draw validation photos from a heap that has none')
+def split(
+    source: Annotated[str, typer.Argument(help='Folder of class folders, or an archive or URL of one; or a CSV of photos and labels')],
+    dest: Annotated[Path, typer.Argument(help='A new folder; the photos are linked')],
+    val: Annotated[float, typer.Option(help='Share of the validation photos of every class')] = .2,
+    test: Annotated[float, typer.Option(help='Share of the test photos of every class')] = 0,
+    group: Annotated[Optional[str], typer.Option(help='What must stay in one split: a column of the CSV, or a regular expression on the names, like "scene[0-9]+"')] = None,
+    folds: Annotated[Optional[int], typer.Option(help='So many layouts, DEST/fold1 and so on, for a cross-validation')] = None,
+    seed: Annotated[int, typer.Option(help='The same seed draws the same photos')] = 42,
+    as_json: Json = False,
+):
+    """Draw validation and test photos, the same share of every class. Copies of a photo, and groups, stay in one split.
+
+    Example: resnet-fastai split heap photos --test .1 --group 'scene[0-9]+'"""
+    with answering(as_json) as answer:
+        from resnet_fastai.data import from_folders
+        from resnet_fastai.practice.tables import from_csv
+        draw = from_csv if source.lower().endswith(('.csv', '.tsv')) else from_folders
+        found = draw(source, dest, val=val, test=test, seed=seed, group=group, folds=folds)
+        found = [found] if folds is None else found
+        answer([f._asdict() for f in found], '\n'.join(' '.join(map(plain, f)) for f in found))
 
 @app.command(short_help='read every photo and match every label before training does')
 def check(data_path: Data, label_path: Labels, label_encoding: Encoding, as_json: Json = False):
@@ -323,7 +345,7 @@ def _train(
     label_path: Annotated[Optional[Path], typer.Argument(help='JSON {image id: label}')] = None,
     label_encoding: Annotated[Optional[Path], typer.Argument(help='JSON {label: index}')] = None,
     run: Annotated[Optional[Path], typer.Option(help='A new folder for checkpoints; without it MODEL-run')] = None,
-    folders: Annotated[bool, typer.Option('--folders', help='The photos lie in train/CLASS/ and val/CLASS/; no label files')] = False,
+    folders: Annotated[bool, typer.Option('--folders', help='The photos lie in train/CLASS/ and val/CLASS/, or in CLASS/ alone, and a fifth is drawn for validation; no label files')] = False,
     epochs: Annotated[int, typer.Option(min=1, help='Passes over the training photos')] = 5,
     weights: Annotated[Optional[str], typer.Option(help="What to start from: imagenet, a Hugging Face name like timm/resnet50.a1_in1k, a file, a saved model's folder; "
                                                         'without it drawn anew')] = None,
@@ -358,7 +380,7 @@ def _train(
 
 def _begin(args, run, model, folders):
     "A `ResNet` with a run's folder, or nothing at all"
-    from resnet_fastai.data import from_folders, resolve_data
+    from resnet_fastai.data import from_folders
     from resnet_fastai.engine.files import DataError, write_json
     _alone()
     _refuse_taken(model, run)
@@ -366,7 +388,7 @@ def _begin(args, run, model, folders):
         raise DataError(f'{run} holds a run already; go on with: resnet-fastai resume {shlex.quote(str(run))}, or name a new folder with --run')
     if run.exists() and (not run.is_dir() or any(run.iterdir())): raise DataError(f'{run} is no empty folder; name a new one with --run')
     try:
-        if folders: args.update(_kept(from_folders(resolve_data(args['data_path']), run/'data')._asdict()))
+        if folders: args.update(_kept(from_folders(args['data_path'], run/'data')._asdict()))
         run.mkdir(parents=True, exist_ok=True)
         write_json(run/'args.json', args)                                         # from here on a run that was killed can be resumed
         net = _ready(args, run)
