@@ -33,7 +33,8 @@ def each_photo(
     num_workers:int|None=None, # Threads; 0: none; None: one a core
 ) -> Iterator: # The answer for each photo, in their order
     "Ask something of every photo, with a progress bar"
-    yield from progress_bar(prefetch(ask, map(Path, photos), num_workers, single=True), total=len(photos), leave=False)
+    paths = photos if isinstance(photos, PhotoList) else (p if isinstance(p, Path) else Path(p) for p in photos)
+    yield from progress_bar(prefetch(ask, paths, num_workers, single=True), total=len(photos), leave=False)
 
 
 def forks() -> bool:
@@ -119,6 +120,8 @@ class PhotoDL(TfmdDL):
         Image.MAX_IMAGE_PIXELS = self.pixel_limit
 
     def create_batches(self, samps):
+        photos = getattr(self.dataset, 'items', None)
+        if isinstance(photos, PhotoList): samps = photos.read_ahead(samps)
         if not self.threads: yield from super().create_batches(samps); return
         own = threading.local()
         def load(i):
@@ -169,7 +172,7 @@ class PhotoLoaders(DataLoaders):
     def new_empty(self):
         new = super().new_empty()
         for name in self.carried: setattr(new, name, getattr(self, name, None))
-        new.photos = {split: photos[:0] for split,photos in getattr(self, 'photos', {}).items()}
+        new.photos = {split: PhotoList(photos.root, [], vocab=photos.vocab) for split,photos in getattr(self, 'photos', {}).items()}
         return new
 
     def test_dl(self,
@@ -178,7 +181,7 @@ class PhotoLoaders(DataLoaders):
     ):
         "A loader over other photos, as in validation"
         items, _ = photo_inputs(test_items)
-        if not isinstance(items, PhotoList): items = [PhotoPath(p) if isinstance(p, (str, Path)) else p for p in items]     # the kind that fastai knows here
+        if not isinstance(items, PhotoList): items = [PhotoPath(p) if isinstance(p, (str, Path)) and not isinstance(p, PhotoPath) else p for p in items]     # the kind that fastai knows here
         return super().test_dl(items, **kwargs)
 
 

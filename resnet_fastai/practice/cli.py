@@ -195,7 +195,7 @@ def demo(
                f'50-crop top-1 on {len(test)} test photos: {right:.1%} right (chance {1/len(model.labels):.1%})\n'
                f'look at {folder}/curves.png and {folder}/predictions.png; the model is in {folder}/model')
 
-Data = Annotated[str, typer.Argument(help='Folder with train/ and val/, or the URL of an archive of one')]
+Data = Annotated[str, typer.Argument(help='Folder with train/ and val/, or its shards, or the URL of an archive or of shards')]
 Labels = Annotated[Path, typer.Argument(help='JSON {image id: label}')]
 Encoding = Annotated[Path, typer.Argument(help='JSON {label: index}')]
 
@@ -254,11 +254,10 @@ def stats(
         from resnet_fastai.augment import ColorStats
         from resnet_fastai.data import resolve_data
         from resnet_fastai.engine.files import DataError
-        from resnet_fastai.engine.layout import list_photos
+        from resnet_fastai.engine.layout import training_photos
         if save and save.exists(): raise DataError(f'{save} exists already; name a new file with --save')
         if save and not save.parent.is_dir(): raise DataError(f'{save.parent} is not a folder; name a file in a folder that exists with --save')
-        root = resolve_data(data_path)
-        found = ColorStats.fit(list_photos(root/'train' if (root/'train').is_dir() else root))
+        found = ColorStats.fit(training_photos(resolve_data(data_path)))
         if save: found.save(save)
         answer(found.as_dict(), _colors(found))
 
@@ -433,6 +432,27 @@ def resume(
         write_json(run/'args.json', args)
         _fit(net, args, run, answer)
 
+@app.command('pack', short_help='a folder of photos as a few large tar files, to train from')
+def _pack(
+    data_path: Annotated[str, typer.Argument(help='Folder with train/ and val/, or of any photos')],
+    dest: Annotated[Path, typer.Argument(help='A new folder, or one that an earlier call has begun')],
+    shard_mb: Annotated[int, typer.Option(min=1, help='MiB of a tar file at the most')] = 256,
+    short_side: Annotated[Optional[int], typer.Option(min=1, help='Resize larger photos to this short side, pixels; without it they stay as they are')] = None,
+    label_path: Annotated[Optional[Path], typer.Option('--labels', help='JSON {image id: label}, for .cls files that other programs read')] = None,
+    label_encoding: Annotated[Optional[Path], typer.Option('--encoding', help='JSON {label: index}')] = None,
+    as_json: Json = False,
+):
+    """Pack photos into tar files with an index, which train like the folder. A call that was stopped goes on where it was.
+
+    Example: resnet-fastai pack photos photos-shards"""
+    with answering(as_json) as answer:
+        from resnet_fastai.engine.shards import Shards
+        from resnet_fastai.practice.shards import pack_photos
+        pack_photos(data_path, dest, shard_mb, short_side, label_path=label_path, label_encoding=label_encoding)
+        found = Shards(dest)
+        answer(dict(folder=dest, photos=len(found), shards=len(found.header['shards'])), f'{found!r}; check a copy with: sha256sum -c SHA256SUMS')
+
+
 Split = Enum('Split', dict(train='train', val='val', test='test'), type=str)
 Protocol = Enum('Protocol', {'1crop': '1crop', '10crop': '10crop', '50crop': '50crop', 'dense': 'dense'}, type=str)
 
@@ -467,16 +487,20 @@ def _evaluate(
         answer(dict(split=split.value, errors=found), table([_errors_shown(row) for row in found]))
 
 
-def _answers(net, photos, n, to):
-    "Dicts of photo, error and labels"
+def _answers(net, photos, n, to, min_prob=None):
+    "Dicts of photo, error, labels, and, where there is a threshold, whether the first label reaches it"
     from resnet_fastai.engine.files import DataError
     from resnet_fastai.engine.layout import list_photos
     from resnet_fastai.practice.predict_folder import predict_folder
     files = [q for p in photos for q in (list_photos(p) if p.is_dir() else [p])]
     if not files: raise DataError(f'{photos[0]} holds no photos')
-    if len(files) == 1 and not to: return [dict(photo=files[0], error=None, labels=_named(sum(net.predict_n(files[0], n), ())))]
-    rows = records(predict_folder(net, photos[0] if len(photos) == 1 and photos[0].is_dir() and to else files, to, n))
-    return [dict(photo=r['id'], error=r['error'] or None, labels=[] if r['error'] else _named([*r.values()][1:-1])) for r in rows]
+    least = net.min_prob if min_prob is None else min_prob
+    if len(files) == 1 and not to:
+        best = net.predict_n(files[0], n, min_prob=0)
+        return [dict(photo=files[0], error=None, labels=_named(sum(best, ()))) | ({} if least is None else dict(sure=best[0][1] >= least))]
+    rows = records(predict_folder(net, photos[0] if len(photos) == 1 and photos[0].is_dir() and to else files, to, n, min_prob=min_prob))
+    best = lambda r: [] if r['error'] else _named([v for k,v in r.items() if k.startswith(('label_', 'prob_'))])
+    return [dict(photo=r['id'], error=r['error'] or None, labels=best(r)) | (dict(sure=r['sure'] == 'yes') if r.get('sure') else {}) for r in rows]
 
 
 def _named(values): return [dict(label=label, prob=prob) for label,prob in zip(values[::2], values[1::2])]
@@ -488,6 +512,7 @@ def _predict(
     photos: Annotated[list[Path], typer.Argument(help='Photos, or folders of photos')],
     n: Annotated[int, typer.Option('--n', min=1, help='How many labels for each photo')] = 1,
     to: Annotated[Optional[Path], typer.Option('--csv', help='A file for the answers: id, label_1, prob_1, …, error; begun, or gone on with')] = None,
+    min_prob: Annotated[Optional[float], typer.Option(min=0, max=1, help='A first label that is less probable is marked "not sure"; without it as `calibrate --precision` has found')] = None,
     as_json: Json = False,
 ):
     """Name what is on photos: a line a label, its probability first: the mean over 50 crops, or the protocol that the model has chosen.
@@ -496,14 +521,42 @@ def _predict(
     with answering(as_json) as answer:
         from resnet_fastai.core import ResNet
         net = ResNet.load(model)
-        found = _answers(net, photos, min(n, len(net.labels)), to)
+        found = _answers(net, photos, min(n, len(net.labels)), to, min_prob)
         bad, wide = [f['error'] for f in found if f['error']], max(len(plain(f['photo'])) for f in found)
         for error in bad: print(f'error: {plain(error)}')
-        lines = [(f"{plain(f['photo']):<{wide}}  " if len(found) > 1 else '') + f"{o['prob']:.4f}  {plain(o['label'])}"
-                 for f in found for o in f['labels']]
+        lines = [(f"{plain(f['photo']):<{wide}}  " if len(found) > 1 else '') + f"{o['prob']:.4f}  {plain(o['label'])}" + '  (not sure)'*(not i and f.get('sure') is False)
+                 for f in found for i,o in enumerate(f['labels'])]
         if to: lines = [f'{len(found):,} photos in {plain(to)}, {len(bad):,} of which cannot be read']
         if lines or as_json: answer(found, '\n'.join(lines))
         if bad: raise typer.Exit(1 if len(bad) == len(found) else 3)
+
+@app.command('calibrate', short_help='probabilities that mean what they say, and "not sure"')
+def _calibrate(
+    model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
+    data_path: Data, label_path: Labels,
+    split: Annotated[Split, typer.Option(help='Photos that training has not learned from')] = 'val',
+    precision: Annotated[Optional[float], typer.Option(min=0, max=1, help='Find the probability below which an answer is "not sure", so that this share of the answers is right, such as .95')] = None,
+    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with this temperature and threshold; without it they are only shown')] = None,
+    as_json: Json = False,
+):
+    """Fit a temperature to photos with labels, and find the threshold for "not sure".
+
+    Example: resnet-fastai calibrate flowers photos labels.json --precision .95 --to flowers-sure"""
+    with answering(as_json) as answer:
+        from resnet_fastai.core import ResNet
+        net = ResNet.load(model)
+        where = dict(split=split.value, data_path=data_path, label_path=label_path)
+        rows = net.calibrate(**where).reset_index(names='when')
+        least = None if precision is None else net.threshold(precision, **where).to_dict()
+        if to: net.save(to)
+        shown = [dict(when=r.when, temperature=f'{r.temperature:.3f}', **{'log loss': f'{r.log_loss:.4f}', 'ECE': f'{r.ece:.1%}', 'mean confidence': f'{r.confidence:.1%}',
+                 'right': f'{1 - r.top1_error:.1%}'}) for r in rows.itertuples()]
+        lines = [table(shown)]
+        if least: lines.append('not sure below {min_prob:.4f}: {coverage:.1%} of {photos:,.0f} photos get an answer, {precision:.1%} of these are right '
+                               '(95 % interval {precision_low:.1%} to {precision_high:.1%})'.format(**least))
+        if to: lines.append(f'saved in {plain(_near(to))}')
+        answer(dict(calibration=records(rows), threshold=least, model=to), '\n'.join(lines))
+
 
 Format = Enum('Format', dict(onnx='onnx', torch_export='torch_export'), type=str)
 
