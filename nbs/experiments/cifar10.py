@@ -464,6 +464,12 @@ def train(
     return learn
 
 
+def _machines(run):
+    "The GPU or processor, or one after the other"
+    name = lambda m: m['gpu'] or m['cpu']
+    return ', then '.join(dict.fromkeys(name(p['machine']) for p in [*run.get('earlier', []), run]))
+
+
 def read_results(
     planned:int, # Updates of a whole run; those of other lengths are left out
     folder:str|Path=Path(__file__).parent/'results', # Of JSON files
@@ -471,7 +477,7 @@ def read_results(
     "The stored runs; of a net with several seeds, those that have come farthest"
     runs = [json.loads(f.read_text()) for f in sorted(Path(folder).glob('*.json')) if f.name.startswith(('plain', 'resnet'))]
     known = 'kind', 'depth', 'seed', 'parameters', 'macs'
-    rows = pd.DataFrame([{k: r[k] for k in known} | dict(machine=r['machine']['gpu'] or r['machine']['cpu']) | e
+    rows = pd.DataFrame([{k: r[k] for k in known} | dict(machine=_machines(r)) | e
                          for r in runs for e in r['epochs'] if r['updates'] == planned])
     if not len(rows): raise DataError(f"{folder} holds no run of {planned:,} updates; this script makes them")
     done, farthest = (rows.groupby(['kind', 'depth', *more]).updates.transform('max') for more in (['seed'], []))

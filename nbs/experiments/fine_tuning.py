@@ -2,8 +2,11 @@
 
     python nbs/experiments/fine_tuning.py PHOTOS resnet20.th      # {train,validation,test}/CLASS/*.jpg, and a file of cifar10.py's `weights_of`
 
-Every run sees the same number of epochs. The test photos are those of validation/ and test/ together: nothing is chosen by them, since
-the schedule is fixed. Results go to results/fine_tuning.json, after each run; the same command goes on with those that are missing."""
+    python nbs/experiments/fine_tuning.py PHOTOS resnet20.th --rates .01 .03 .1 --sizes 100 400 --seeds 2    # which rate? on validation/
+
+Every run sees the same number of epochs, on a schedule without a choice in it. Rates are compared on the validation photos, and the rest
+is tested on the test photos. Results go to results/fine_tuning.json (or fine_tuning_rates.json), after each run; the same command goes
+on with those that are missing."""
 import argparse
 import json
 import os
@@ -11,6 +14,7 @@ import random
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -50,44 +54,44 @@ def some_of(photos, n, seed, dest):
     return from_folders(dest, dest.with_name('layout'))
 
 
-def one_run(photos, weights, way, n, epochs, seed):
+def one_run(photos, weights, way, n, epochs, seed, rate, split):
     "Train one way on n photos; test by one crop"
     args, fit = ways[way]
     start = time.process_time()
     with tempfile.TemporaryDirectory() as tmp:
         paths = some_of(photos, n, seed, Path(tmp)/'some')
         begin = dict(weights=weights) if 'weights' in way else dict(arch=weights.arch)
-        model = ResNet(*paths, seed=seed, **crops, **how, **begin, **args)
+        model = ResNet(*paths, seed=seed, **crops, **how, **begin, **args | ({} if rate is None else dict(lr=rate)))
         with model.learn.no_bar(), model.learn.no_logging(): fit(model, epochs)
-        tested = [model.evaluate(split=s, protocol='1crop@32').iloc[0] for s in ('val', 'test')]
-    wrong, seen = sum(round(t.top1_error*t.photos) for t in tested), sum(int(t.photos) for t in tested)
-    return dict(way=way, photos=n, seed=seed, epochs=len(model.history), error=wrong/seen, tested=seen, lr=float(model.learn.lr),
+        t = model.evaluate(split=split, protocol='1crop@32').iloc[0]
+    return dict(way=way, photos=n, seed=seed, rate=rate, epochs=len(model.history), error=float(t.top1_error), tested=int(t.photos),
                 train_loss=round(float(model.history.train_loss.iloc[-1]), 4), cpu_seconds=round(time.process_time() - start, 1))
 
 
 def summary(runs):
-    "Each way and number of photos: mean error over the seeds, their spread, and the 95 % interval that the number of test photos leaves"
-    for (way, n), r in pd.DataFrame(runs).groupby(['way', 'photos'], sort=False):
+    "Each way, rate and number of photos: mean error over the seeds, their spread, and the 95 % interval that the number of test photos leaves"
+    for (way, rate, n), r in pd.DataFrame(runs).groupby(['way', 'rate', 'photos'], sort=False, dropna=False):
         low, high = wilson(round(r.error.mean()*r.tested.iloc[0]), int(r.tested.iloc[0]))
-        yield dict(way=way, photos=int(n), seeds=len(r), error=round(r.error.mean(), 4), std=round(r.error.std(ddof=1), 4) if len(r) > 1 else None,
-                   low=round(low, 4), high=round(high, 4), cpu_seconds=round(r.cpu_seconds.mean(), 1))
+        yield dict(way=way, rate=None if pd.isna(rate) else rate, photos=int(n), seeds=len(r), error=round(r.error.mean(), 4),
+                   std=round(r.error.std(ddof=1), 4) if len(r) > 1 else None, low=round(low, 4), high=round(high, 4),
+                   cpu_seconds=round(r.cpu_seconds.mean(), 1))
 
 
-def curve(photos, weights, sizes=(50, 100, 200, 400), seeds=5, epochs=30, out=None):
-    "Every way, size and seed; written after each run"
-    out = Path(out or Path(__file__).parent/'results'/'fine_tuning.json')
-    about = dict(command=f"python nbs/experiments/fine_tuning.py {photos.name} {weights.name} --sizes {' '.join(map(str, sizes))} "
-                         f"--epochs {epochs}", weights=weights_of, crops=crops, bs=how['bs'])
+def curve(photos, weights, sizes=(50, 100, 200, 400), seeds=5, epochs=30, rates=(), out=None):
+    "Every way, size and seed (and rate); written after each run"
+    out = Path(out or Path(__file__).parent/'results'/f"fine_tuning{'_rates'*bool(rates)}.json")
+    options = dict(sizes=sizes, epochs=[epochs], **(dict(rates=rates) if rates else {}))
+    told = ' '.join(f"--{k} {' '.join(map(str, v))}" for k, v in options.items())
+    about = dict(command=f'python nbs/experiments/fine_tuning.py {photos.name} {weights.name} {told}', weights=weights_of, crops=crops, bs=how['bs'])
     known = json.loads(out.read_text()) if out.exists() else {}
     runs = known['runs'] if all(known.get(k) == v for k, v in about.items()) else []
-    done, from_ = {(r['way'], r['photos'], r['seed']) for r in runs}, published(weights)
-    for seed in range(seeds):
-        for n in sizes:
-            for way in ways:
-                if (way, n, seed) in done: continue
-                runs.append(one_run(photos, from_, way, n, epochs, seed))
-                print(runs[-1], flush=True)
-                write_json(out, about | dict(commit=commit(__file__), machine=machine(), load=os.getloadavg()[1], runs=runs, summary=list(summary(runs))))
+    done, from_ = {(r['seed'], r['photos'], r['way'], r['rate']) for r in runs}, published(weights)
+    asked = list(ways)[:2] if rates else list(ways)
+    for seed, n, way, rate in product(range(seeds), sizes, asked, rates or [None]):
+        if (seed, n, way, rate) in done: continue
+        runs.append(one_run(photos, from_, way, n, epochs, seed, rate, 'val' if rates else 'test'))
+        print(runs[-1], flush=True)
+        write_json(out, about | dict(commit=commit(__file__), machine=machine(), load=os.getloadavg()[1], runs=runs, summary=list(summary(runs))))
     return runs
 
 
@@ -98,7 +102,8 @@ def main(argv=None):
     p.add_argument('--sizes', type=int, nargs='+', default=[50, 100, 200, 400])
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--epochs', type=int, default=30)
-    p.add_argument('--out', type=Path, help='default: nbs/experiments/results/fine_tuning.json')
+    p.add_argument('--rates', type=float, nargs='+', default=(), help='compare these rates, on the validation photos')
+    p.add_argument('--out', type=Path, help='default: nbs/experiments/results/fine_tuning.json, or fine_tuning_rates.json')
     try: runs = curve(**vars(p.parse_args(argv)))
     except DataError as e: sys.exit(f'{type(e).__name__}: {e}')
     print(pd.DataFrame(summary(runs)).to_string())
