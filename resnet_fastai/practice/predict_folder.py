@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastai.torch_core import num_distrib
 from fastprogress.fastprogress import progress_bar
 
 from ..engine.fast_net import _bare, weights_hash
 from ..engine.files import DataError, PhotoError, atomic_write, quote, write_json
 from ..engine.layout import list_photos, PhotoList
+from ..engine.shared import on_rank0, shared_out
 from ..engine.splits import model_parts
 from ..engine.protocols import split_protocol
 from ..inference import _answers
@@ -164,7 +166,8 @@ def predict_folder(
     num_workers:int|None=None, # Threads that decode photos; None: one a core
     bs:int|None=None, # Crops that go through the network at a time; None: as many as suit the hardware
 ) -> pd.DataFrame: # id, label_1, prob_1, …, error: why a photo cannot be read, '' for the others
-    "The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too)"
+    """The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too).
+    Several processes share the photos, and what one that died has found is kept in DEST.parts"""
     parts = model_parts(model)
     protocol = protocol or parts.protocol
     split_protocol(protocol, parts.size)                                       # or its error
@@ -176,12 +179,36 @@ def predict_folder(
     if untrained and 'origin' not in getattr(getattr(model, 'trained', None), 'training', {}):
         raise DataError("this model has not been trained; call fit() first, or load a saved model")
     photos,name,folder = _named_photos(photos)
-    rows = _open_rows(dest, n, _origin(parts, n, protocol, folder)) if dest is not None else None
+    how,shared = (protocol, precision, num_workers, bs),num_distrib() > 1 or dest is not None and Path(f'{dest}.parts').exists()
+    open_rows = lambda: _open_rows(dest, n, _origin(parts, n, protocol, folder)) if dest is not None else None
+    if shared: return _predict_together(parts, photos, name, n, how, dest, open_rows)
+    rows = open_rows()
     todo = _left(photos, name, rows.ids() if rows else Counter())
-    some = _work(parts, photos, todo, name, n, (protocol, precision, num_workers, bs), rows) if todo else []
-    if rows is None: return _table(some, n)
+    some = _work(parts, photos, todo, name, n, how, rows) if todo else []
+    return _table(some, n) if rows is None else _finished(rows, dest, n)
+
+
+def _finished(rows, dest, n):
+    "The table of a file of rows that has them all"
     if str(dest).endswith('.parquet') and not _newer(dest, rows.dest): _write_parquet(rows.dest, dest, n)
     return _table(rows.dest, n)
+
+
+def _predict_together(parts, photos, name, n, how, dest, open_rows, block=10_000):
+    "Each process asks about a share; the first one writes the rows, in the photos' order"
+    (protocol,precision,num_workers,bs),rows = how,None
+    def begin():
+        nonlocal rows
+        rows = open_rows()
+        return list(_left(photos, name, rows.ids() if rows else Counter()))
+    def ask(some): return (tuple(_row('', p, known, n)[1:]) for p in _answers(parts, some, [protocol], False, 'probs', precision, num_workers, bs, PhotoError))
+    def write(found):
+        for k in range(0, len(todo), block): rows.add([[name(photos[i]), *row] for i,row in zip(todo[k:k+block], found[k:k+block])])
+    todo,known = on_rank0(begin),_known(parts)
+    found = shared_out(ask, photos, (parts.net, parts.stats, parts.size, parts.labels.encoding, n, protocol, precision), todo,
+                       dest and Path(f'{dest}.parts'), dest and write)
+    if dest is None: return _table([[name(photos[i]), *row] for i,row in zip(todo, found)], n)
+    return on_rank0(lambda: _finished(rows, dest, n))
 
 
 def _left(photos, name, done):
@@ -208,10 +235,13 @@ def _open_rows(dest, n, what):
     return ResumableCSV(f'{dest}.csv', _columns(n), what)
 
 
+def _known(parts): return list(parts.labels.encoding),np.array(list(parts.labels.encoding.values()))
+
+
 def _work(parts, photos, todo, name, n, how, rows, block=200, seconds=20):
     "Ask about photos; give their rows to `rows` in blocks, or return them"
     protocol, precision, num_workers, bs = how
-    known = (list(parts.labels.encoding), np.array(list(parts.labels.encoding.values())))
+    known = _known(parts)
     found = _answers(parts, (photos[i] for i in todo), [protocol], False, 'probs', precision, num_workers, bs, skip=PhotoError)
     bar, some, start = progress_bar(found, total=len(todo), leave=False), [], time.perf_counter()
     saved = start
