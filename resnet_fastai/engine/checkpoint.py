@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
+from fastai.callback.core import (
+    Callback, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
@@ -27,6 +28,7 @@ from fastcore.foundation import L
 
 from .files import DataError, atomic_write, sync_folder
 from .finite import _what_stands, LossError
+from .foreach import foreach_step, release_grads
 from .lock import lock_folder, unlock_folder
 from .precision import Precision
 
@@ -166,6 +168,15 @@ class ResumableLearner(Learner):
             self.loss = self.loss_grad.clone()
         self('after_loss')
         if self.training and len(self.yb): self._do_grad_opt()
+
+    def _step(self): foreach_step(self.opt)
+    def _release(self): release_grads(self.opt)
+
+    def _do_grad_opt(self):
+        "fastai's, with a quick step, and gradients that are given back in the place of set to zero"
+        self._with_events(self._backward, 'backward', CancelBackwardException)
+        self._with_events(self._step, 'step', CancelStepException)
+        self._release()
 
     def add_cb(self, cb):
         "In the place of fastai's `MixedPrecision` comes `Precision`: `to_fp16` and `to_bf16` work on any device, and with accumulation"

@@ -1,7 +1,7 @@
 """Check, train, stop, go on, measure and predict without opening Python."""
 __all__ = ['app', 'Json', 'demo_args', 'Data', 'Labels', 'Encoding', 'OnBad', 'Precision', 'Schedule', 'Split', 'Protocol',
            'Format', 'limits', 'LogStream', 'plain', 'table', 'answering', 'records', 'main', 'stoppable', 'demo',
-           'check', 'stats', 'resume']
+           'split', 'check', 'stats', 'resume']
 
 import csv
 import json
@@ -203,6 +203,28 @@ Labels = Annotated[Path, typer.Argument(help='JSON {image id: label}')]
 Encoding = Annotated[Path, typer.Argument(help='JSON {label: index}')]
 
 
+@app.command(short_help='draw validation photos from a heap that has none')
+def split(
+    source: Annotated[str, typer.Argument(help='Folder of class folders, or an archive or URL of one; or a CSV of photos and labels')],
+    dest: Annotated[Path, typer.Argument(help='A new folder; the photos are linked')],
+    val: Annotated[float, typer.Option(help='Share of the validation photos of every class')] = .2,
+    test: Annotated[float, typer.Option(help='Share of the test photos of every class')] = 0,
+    group: Annotated[Optional[str], typer.Option(help='What must stay in one split: a column of the CSV, or a regular expression on the names, like "scene[0-9]+"')] = None,
+    folds: Annotated[Optional[int], typer.Option(help='So many layouts, DEST/fold1 and so on, for a cross-validation')] = None,
+    seed: Annotated[int, typer.Option(help='The same seed draws the same photos')] = 42,
+    as_json: Json = False,
+):
+    """Draw validation and test photos, the same share of every class. Copies of a photo, and groups, stay in one split.
+
+    Example: resnet-fastai split heap photos --test .1 --group 'scene[0-9]+'"""
+    with answering(as_json) as answer:
+        from resnet_fastai.data import from_folders
+        from resnet_fastai.practice.tables import from_csv
+        draw = from_csv if source.lower().endswith(('.csv', '.tsv')) else from_folders
+        found = draw(source, dest, val=val, test=test, seed=seed, group=group, folds=folds)
+        found = [found] if folds is None else found
+        answer([f._asdict() for f in found], '\n'.join(' '.join(map(plain, f)) for f in found))
+
 @app.command(short_help='read every photo and match every label before training does')
 def check(data_path: Data, label_path: Labels, label_encoding: Encoding, as_json: Json = False):
     """Read every photo, match every label, and list what is wrong; exit code 1 if anything is.
@@ -327,7 +349,7 @@ def _train(
     label_path: Annotated[Optional[Path], typer.Argument(help='JSON {image id: label}')] = None,
     label_encoding: Annotated[Optional[Path], typer.Argument(help='JSON {label: index}')] = None,
     run: Annotated[Optional[Path], typer.Option(help='A new folder for checkpoints; without it MODEL-run')] = None,
-    folders: Annotated[bool, typer.Option('--folders', help='The photos lie in train/CLASS/ and val/CLASS/; no label files')] = False,
+    folders: Annotated[bool, typer.Option('--folders', help='The photos lie in train/CLASS/ and val/CLASS/, or in CLASS/ alone, and a fifth is drawn for validation; no label files')] = False,
     epochs: Annotated[int, typer.Option(min=1, help='Passes over the training photos')] = 5,
     weights: Annotated[Optional[str], typer.Option(help="What to start from: imagenet, a Hugging Face name like timm/resnet50.a1_in1k, a file, a saved model's folder; "
                                                         'without it drawn anew')] = None,
@@ -362,7 +384,7 @@ def _train(
 
 def _begin(args, run, model, folders):
     "A `ResNet` with a run's folder, or nothing at all"
-    from resnet_fastai.data import from_folders, resolve_data
+    from resnet_fastai.data import from_folders
     from resnet_fastai.engine.files import DataError, write_json
     _alone()
     _refuse_taken(model, run)
@@ -370,7 +392,7 @@ def _begin(args, run, model, folders):
         raise DataError(f'{run} holds a run already; go on with: resnet-fastai resume {shlex.quote(str(run))}, or name a new folder with --run')
     if run.exists() and (not run.is_dir() or any(run.iterdir())): raise DataError(f'{run} is no empty folder; name a new one with --run')
     try:
-        if folders: args.update(_kept(from_folders(resolve_data(args['data_path']), run/'data')._asdict()))
+        if folders: args.update(_kept(from_folders(args['data_path'], run/'data')._asdict()))
         run.mkdir(parents=True, exist_ok=True)
         write_json(run/'args.json', args)                                         # from here on a run that was killed can be resumed
         net = _ready(args, run)
@@ -438,16 +460,20 @@ def _evaluate(
         answer(dict(split=split.value, errors=found), table([_errors_shown(row) for row in found]))
 
 
-def _answers(net, photos, n, to):
-    "Dicts of photo, error and labels"
+def _answers(net, photos, n, to, min_prob=None):
+    "Dicts of photo, error, labels, and, where there is a threshold, whether the first label reaches it"
     from resnet_fastai.engine.files import DataError
     from resnet_fastai.engine.layout import list_photos
     from resnet_fastai.practice.predict_folder import predict_folder
     files = [q for p in photos for q in (list_photos(p) if p.is_dir() else [p])]
     if not files: raise DataError(f'{photos[0]} holds no photos')
-    if len(files) == 1 and not to: return [dict(photo=files[0], error=None, labels=_named(sum(net.predict_n(files[0], n), ())))]
-    rows = records(predict_folder(net, photos[0] if len(photos) == 1 and photos[0].is_dir() and to else files, to, n))
-    return [dict(photo=r['id'], error=r['error'] or None, labels=[] if r['error'] else _named([*r.values()][1:-1])) for r in rows]
+    least = net.min_prob if min_prob is None else min_prob
+    if len(files) == 1 and not to:
+        best = net.predict_n(files[0], n, min_prob=0)
+        return [dict(photo=files[0], error=None, labels=_named(sum(best, ()))) | ({} if least is None else dict(sure=best[0][1] >= least))]
+    rows = records(predict_folder(net, photos[0] if len(photos) == 1 and photos[0].is_dir() and to else files, to, n, min_prob=min_prob))
+    best = lambda r: [] if r['error'] else _named([v for k,v in r.items() if k.startswith(('label_', 'prob_'))])
+    return [dict(photo=r['id'], error=r['error'] or None, labels=best(r)) | (dict(sure=r['sure'] == 'yes') if r.get('sure') else {}) for r in rows]
 
 
 def _unless_many(code):
@@ -463,6 +489,7 @@ def _predict(
     photos: Annotated[list[Path], typer.Argument(help='Photos, or folders of photos')],
     n: Annotated[int, typer.Option('--n', '-n', min=1, help='How many labels for each photo')] = 1,
     to: Annotated[Optional[Path], typer.Option('--csv', help='A file for the answers: id, label_1, prob_1, …, error; begun, or gone on with')] = None,
+    min_prob: Annotated[Optional[float], typer.Option(min=0, max=1, help='A first label that is less probable is marked "not sure"; without it as `calibrate --precision` has found')] = None,
     as_json: Json = False,
 ):
     """Name what is on photos: a line a label, its probability first: the mean over 50 crops, or the protocol that the model has chosen.
@@ -471,14 +498,42 @@ def _predict(
     with answering(as_json) as answer:
         from resnet_fastai.core import ResNet
         net = ResNet.load(model)
-        found = _answers(net, photos, min(n, len(net.labels)), to)
+        found = _answers(net, photos, min(n, len(net.labels)), to, min_prob)
         bad, wide = [f['error'] for f in found if f['error']], max(len(plain(f['photo'])) for f in found)
         for error in bad: print(f'error: {plain(error)}')
-        lines = [(f"{plain(f['photo']):<{wide}}  " if len(found) > 1 else '') + f"{o['prob']:.4f}  {plain(o['label'])}"
-                 for f in found for o in f['labels']]
+        lines = [(f"{plain(f['photo']):<{wide}}  " if len(found) > 1 else '') + f"{o['prob']:.4f}  {plain(o['label'])}" + '  (not sure)'*(not i and f.get('sure') is False)
+                 for f in found for i,o in enumerate(f['labels'])]
         if to: lines = [f'{len(found):,} photos in {plain(to)}, {len(bad):,} of which cannot be read']
         if lines or as_json: answer(found, '\n'.join(lines))
         if bad: raise typer.Exit(1 if len(bad) == len(found) else _unless_many(3))
+
+@app.command('calibrate', short_help='probabilities that mean what they say, and "not sure"')
+def _calibrate(
+    model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
+    data_path: Data, label_path: Labels,
+    split: Annotated[Split, typer.Option(help='Photos that training has not learned from')] = 'val',
+    precision: Annotated[Optional[float], typer.Option(min=0, max=1, help='Find the probability below which an answer is "not sure", so that this share of the answers is right, such as .95')] = None,
+    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with this temperature and threshold; without it they are only shown')] = None,
+    as_json: Json = False,
+):
+    """Fit a temperature to photos with labels, and find the threshold for "not sure".
+
+    Example: resnet-fastai calibrate flowers photos labels.json --precision .95 --to flowers-sure"""
+    with answering(as_json) as answer:
+        from resnet_fastai.core import ResNet
+        net = ResNet.load(model)
+        where = dict(split=split.value, data_path=data_path, label_path=label_path)
+        rows = net.calibrate(**where).reset_index(names='when')
+        least = None if precision is None else net.threshold(precision, **where).to_dict()
+        if to: net.save(to)
+        shown = [dict(when=r.when, temperature=f'{r.temperature:.3f}', **{'log loss': f'{r.log_loss:.4f}', 'ECE': f'{r.ece:.1%}', 'mean confidence': f'{r.confidence:.1%}',
+                 'right': f'{1 - r.top1_error:.1%}'}) for r in rows.itertuples()]
+        lines = [table(shown)]
+        if least: lines.append('not sure below {min_prob:.4f}: {coverage:.1%} of {photos:,.0f} photos get an answer, {precision:.1%} of these are right '
+                               '(95 % interval {precision_low:.1%} to {precision_high:.1%})'.format(**least))
+        if to: lines.append(f'saved in {plain(_near(to))}')
+        answer(dict(calibration=records(rows), threshold=least, model=to), '\n'.join(lines))
+
 
 Format = Enum('Format', dict(onnx='onnx', torch_export='torch_export'), type=str)
 

@@ -28,6 +28,7 @@ from torch import nn
 from .. import __version__
 from ..augment import ColorStats
 from ..data import LabelMap
+from ..engine.calibration import in_effect
 from ..engine.files import DataError, read_json_object, atomic_write
 from ..engine.weight_sources import read_weights
 from ..engine.weights import config_sum, imagenet_mean, imagenet_std, json_bytes, misfit, saved_tensors, scaled
@@ -47,6 +48,12 @@ class Trained(NamedTuple):
     history:pd.DataFrame # A row an epoch
     training:dict # What the training was: photos, epochs, seconds, bs, …
     protocol:str='50crop' # How it predicts, as for `protocol_scales`
+    trust:dict={} # What `calibrate` and `threshold` have measured
+
+    @property
+    def temperature(self): return in_effect(self.trust, self.protocol, len(self.history))[0]
+    @property
+    def min_prob(self): return in_effect(self.trust, self.protocol, len(self.history))[1]
 
 
 def _summary(learn, precision):
@@ -75,7 +82,7 @@ def as_trained(
     if not spec or not hasattr(dls, 'stats'): raise DataError("only a learner of resnet_learner over resnet_dls can be saved")
     net_args = {k: spec[k] for k in ('shortcut', 'stride_at', 'zero_init_residual') if k in spec}
     return Trained(model.model, spec['arch'], net_args, dls.labels, dls.stats, dls.size, model.history.df,
-                   _summary(model, spec.get('precision', 'fp32')), model.protocol)
+                   _summary(model, spec.get('precision', 'fp32')), model.protocol, getattr(model, 'trust', {}))
 
 
 def _put(folder, files, overwrite):
@@ -102,6 +109,7 @@ def _config(t, weights):
              encoding=t.labels.encoding, stats=t.stats.as_dict(), training=t.training, history=_plain_history(t.history),
              weights_bytes=len(weights), weights_sha256=hashlib.sha256(weights).hexdigest(),
              versions=dict(resnet_fastai=__version__, fastai=fastai.__version__, torch=torch.__version__))
+    if t.trust: c['trust'] = t.trust
     return c | dict(sha256=config_sum(c))
 
 
@@ -167,6 +175,7 @@ def standalone(
     net_args:dict, # What it was built with
     protocol:str='50crop', # How it predicts, as for `protocol_scales`
     size:int=224, # Side of the crops, pixels
+    temperature:float=1, # Of its probabilities, as for `tempered`
 ) -> str: # Python, or '' where torchvision has no such network
     "The program that predicts without this project: `python predict.py FOLDER PHOTO …`"
     kin = torchvision_kin(arch, net_args)
@@ -175,6 +184,7 @@ def standalone(
     if protocol in ('50crop', 'dense'): scales = "config['scales']"
     cut = "[center_crop(resize(photo, side), config['size'])]" if what == '1crop' else "ten_crop(resize(photo, side), config['size'])"
     asking = (_dense if what == 'dense' else _asking).format(scales=scales, cut=cut)
+    if temperature != 1: asking += "    probs = (probs.log()/config['trust']['calibration']['temperature']).softmax(0)\n"
     return _program.format(arch=arch, strides=_strides if kin == 'strides' else '', words='the mean over 50 crops' if protocol == '50crop' else in_words(protocol, size), asking=asking)
 
 
@@ -191,7 +201,7 @@ def in_words(
 
 def _without(c):
     "The card's words about life without this project"
-    if not (code := standalone(c['arch'], c['net_args'], c.get('protocol', '50crop'), c['size'])):
+    if not (code := standalone(c['arch'], c['net_args'], c.get('protocol', '50crop'), c['size'], _in_effect(c)[0])):
         return "torchvision has no such network. `export(folder)` makes an ONNX file, which runs without this project.\n"
     kin, own = torchvision_kin(c['arch'], c['net_args']), f"The network is torchvision's `{c['arch']}`"
     differs = {'same': own + '.', 'strides': own + " with its strides in another place (v1; torchvision's is v1.5). The weights fit "
@@ -223,6 +233,22 @@ def _trained_on(c):
             yield f"validation {name.replace('_', ' ')}", f"{known[-1]:.1%} after the last epoch, {min(known):.1%} at best"
 
 
+def _in_effect(c):
+    "Temperature and threshold of a config"
+    return in_effect(c.get('trust', {}), c.get('protocol', '50crop'), max(map(len, c['history'].values()), default=0))
+
+def _trusted(c):
+    "Rows of the card about calibration and threshold, as far as they count"
+    (temperature, min_prob), trust = _in_effect(c), c.get('trust', {})
+    if temperature != 1:
+        e = trust['calibration']
+        yield 'temperature', f'{temperature:.3g}' + (f"; on {e['photos']:,} validation photos the calibration error (ECE) is {e['ece_before']:.1%} without it, {e['ece']:.1%} "
+                                                     f"with it" if 'ece' in e else '')
+    if min_prob is not None:
+        e = trust['threshold']
+        yield 'not sure', f'below a probability of {min_prob:.3g}' + (f"; of {e['photos']:,} validation photos {e['coverage']:.1%} get an answer, {e['precision']:.1%} of these "
+                          f"are right (95 % interval {e['precision_low']:.1%} to {e['precision_high']:.1%})" if 'photos' in e else '')
+
 def _facts(c):
     "Rows of the card's table"
     s, args = c['stats'], ', '.join(f'{k}={v}' for k,v in c['net_args'].items())
@@ -230,6 +256,7 @@ def _facts(c):
     yield 'network', f"{c['arch']}, {args or 'as in the paper'}; {c['n_out']:,} outputs, {len(c['encoding']):,} of them with a label"
     yield 'input', f"crops of {c['size']}×{c['size']} pixels, RGB / 255 minus the mean, not divided by a standard deviation"
     yield 'prediction', in_words(c.get('protocol', '50crop'), c['size'])
+    yield from _trusted(c)
     yield from _trained_on(c)
     whose = " (the weights')" if c['training'].get('weights') else ''
     yield 'colours', f"mean {numbers(s['mean'], 4)}{whose}, variances along the axes {numbers(s['eigval'], 4)}, of {s['n_photos']:,} photos"
@@ -294,6 +321,15 @@ def _check_config(c):
     _need(all(numbers), "its history holds more than numbers")
     _need(len({len(vs) for vs in columns}) < 2, "the columns of its history differ in length")
     _need(all(_training_entry(k, v) for k,v in c['training'].items()), "its training summary holds what is none")
+    _need(_possible_trust(c.get('trust', {})), "its calibration or threshold is not possible")
+
+def _possible_trust(trust):
+    "May `in_effect` and the card read this?"
+    if type(trust) is not dict or not {*trust} <= {'calibration', 'threshold'}: return False
+    for what,e in trust.items():
+        if type(e) is not dict or not (isinstance(e.get('protocol'), str) and _is_whole(e.get('epochs')) and _is_number(e.get('temperature'), 1e-6, 1e6)): return False
+        if not all(_is_number(v) for k,v in e.items() if k != 'protocol') or (what == 'threshold' and not _is_number(e.get('min_prob'), 0, 1)): return False
+    return True
 
 
 def _training_entry(k, v):
@@ -342,7 +378,7 @@ def _understood(folder):
     labels = LabelMap({}, c['encoding'])
     labels.vocab(c['n_out'])
     return Trained(_filled(net, weights), c['arch'], c['net_args'], labels, _stats(c['stats']), c['size'],
-                   pd.DataFrame(c['history']), c['training'], c.get('protocol', '50crop'))
+                   pd.DataFrame(c['history']), c['training'], c.get('protocol', '50crop'), c.get('trust', {}))
 
 _strange = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError, SafetensorError)
 
@@ -414,6 +450,8 @@ def export_model(
     t, (name, write) = as_trained(model), _formats[format]
     n_out = t.net.fc.out_features
     notes = dict(size=t.size, scales=list(paper_scales(t.size)), encoding=t.labels.encoding)
+    if t.temperature != 1: notes['temperature'] = t.temperature                   # for the mean over crops, which the file does not take
+    if t.min_prob is not None: notes['min_prob'] = t.min_prob
     module = PhotoProbs(_filled(_shell(t.arch, n_out, t.net_args), _weights(t.net)), t.stats).eval()
     with _quietly(): data = write(module, torch.zeros(2, 3, t.size, t.size), ({0: torch.export.Dim('batch', min=1)},), notes)
     return _put(folder, {name + '.json': json_bytes(notes), name: data}, overwrite)/name
