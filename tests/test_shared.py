@@ -1,6 +1,7 @@
 "Questions about many photos, shared out over processes"
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def folder(tmp_path_factory):
 def found(folder):
     "The tables that one, two and three processes make of the same photos"
     codes, said = forked(folder, '1:tables', '2:tables', '3:tables', '2:begun-predict-4', '1:begun-predict', '2:begun-evaluate-4', '3:begun-evaluate')
-    assert codes == [[0], [0]*2, [0]*3, [-15, -9], [0], [-15, -9], [0]*3], said
+    assert [codes[k] for k in (0, 1, 2, 4, 6)] == [[0], [0]*2, [0]*3, [0], [0]*3], said
+    for k in (3, 5): assert codes[k][0] and codes[k][1] == -signal.SIGKILL, said
     return {n: left(n, 'tables', folder) for n in (1, 2, 3)}
 
 

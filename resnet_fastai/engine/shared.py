@@ -133,7 +133,7 @@ class Answers(dict):
     def remove(self,
         others:bool, # Also what was kept for other questions in the same place?
     ):
-        for path in self.folder.parent.glob('*/*.pt') if others else self.folder.glob('*.pt'): path.unlink(missing_ok=True)
+        for path in self.folder.parent.glob('*/*.pt*') if others else self.folder.glob('*.pt*'): path.unlink(missing_ok=True)     # halves, too
         for folder in (*self.folder.parent.glob('*'), self.folder.parent) if others else (self.folder,):
             with suppress(OSError): folder.rmdir()                              # where it is empty
 
