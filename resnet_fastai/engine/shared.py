@@ -20,6 +20,7 @@ from torch import nn
 from .cache import cache_folder
 from .fast_net import _bare, weights_hash
 from .files import atomic_write, DataError
+from .layout import PhotoList, ShardList, stamp
 from .loader import join_processes
 
 
@@ -68,11 +69,10 @@ def on_rank0(
 def _digests(photos):
     "(of all names and sizes, the same on all machines; of paths, sizes and times)"
     names,files = hashlib.sha256(),hashlib.sha256()
-    for p in map(os.fspath, photos):
-        try: size,changed = (at := os.stat(p)).st_size,at.st_mtime_ns
-        except OSError: size = changed = None
-        names.update(f'{os.path.basename(p)}\0{size}\n'.encode('utf-8', 'surrogateescape'))
-        files.update(f'{os.path.abspath(p)}\0{size}\0{changed}\n'.encode('utf-8', 'surrogateescape'))
+    for path,was in photos.stamps() if isinstance(photos, PhotoList) else map(stamp, photos):
+        alike = was if isinstance(photos, ShardList) or not was else was[0]
+        names.update(f'{os.path.basename(path)}\0{alike}\n'.encode('utf-8', 'surrogateescape'))
+        files.update(f'{path}\0{was}\n'.encode('utf-8', 'surrogateescape'))
     return names.hexdigest(),files.hexdigest()
 
 
@@ -82,6 +82,14 @@ def have_same_photos(
     "Are there several processes, and do all have the same photos, by names and sizes?"
     if num_distrib() < 2: return False
     return len({*of_all(_digests(photos)[0])}) == 1
+
+
+def some_of(
+    photos, # A list of paths
+    places, # Which ones, ascending
+) -> Iterator:
+    "Some of the photos; those of a server are fetched ahead"
+    return (photos[i] for i in (photos.read_ahead(places) if isinstance(photos, PhotoList) else places))
 
 
 def _text(o): return weights_hash(_bare(o)) if isinstance(o, nn.Module) else repr(o.as_dict() if hasattr(o, 'as_dict') else o)
@@ -113,7 +121,7 @@ class Answers(dict):
         ask:Callable, photos, places:list, # As for `shared_out`; of this process
     ):
         "Ask, and keep what is answered"
-        found = ask(photos[i] for i in places)
+        found = ask(some_of(photos, places))
         bar = found if rank_distrib() else progress_bar(found, total=len(places), leave=False)
         try:
             for a,i in zip(bar, places):                                        # the bar first: it is to see its end
@@ -149,7 +157,7 @@ def shared_out(
     "Ask about photos, each process about a share; called again after one died, about those that are left. All processes call it"
     places = range(len(photos)) if places is None else places
     if num_distrib() < 2 and not (keep and keep.exists()):
-        return list(progress_bar(ask(photos[i] for i in places), total=len(places), leave=False))
+        return list(progress_bar(ask(some_of(photos, places)), total=len(places), leave=False))
     names,files = _digests(photos)
     what = hashlib.sha256(json.dumps([*map(_text, of), len(photos)]).encode()).hexdigest()
     have = of_all([names, what])

@@ -1,7 +1,6 @@
 """Read every photo once: the sums of which its colour statistics are made, and which ones are bad; and keep what was found."""
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 from .batching import prefetch
 from .cache import cache_folder
 from .files import PhotoError, write_json
+from .layout import PhotoList, stamp
 from .loader import each_photo
 from .photo import Photo
 from .shared import have_same_photos, on_rank0, shared_out
@@ -50,7 +50,7 @@ def scan_photos(
 ) -> tuple: # ((4,4,n) moments, zeros where a photo is bad; {place: why it cannot be read})
     "Decode every photo once, with a progress bar: its colour moments, and which ones are bad; several processes share the work"
     moments, bad = np.zeros((len(paths), 4, 4)), {}
-    ask = lambda some: prefetch(_moments, map(Path, some), num_workers, single=True)
+    ask = lambda some: prefetch(_moments, some, num_workers, single=True)
     for i,m in enumerate(shared_out(ask, paths, ['moments']) if have_same_photos(paths) else each_photo(_moments, paths, num_workers)):
         if isinstance(m, str): bad[i] = m
         else: moments[i] = m
@@ -73,13 +73,11 @@ def _sum(moments, bad):
 # What a first reading has found is kept under a name made from path, size and time of every photo: it is found while nothing changes
 
 def survey_file(
-    photos, # Paths
+    photos, # Paths, or a `PhotoList`
 ) -> Path: # Of a JSON file in the user's cache
     "Where the findings on these photos are kept"
     digest = hashlib.sha256()
-    for p in (os.path.abspath(p) for p in photos):
-        try: was = (at := os.stat(p)).st_size, at.st_mtime_ns
-        except OSError: was = None                                                # a link that leads nowhere
+    for p,was in photos.stamps() if isinstance(photos, PhotoList) else map(stamp, photos):
         digest.update(f'{p}\0{was}\n'.encode('utf-8', 'surrogateescape'))
     return cache_folder()/'color_stats'/f'{digest.hexdigest()[:24]}.json'
 

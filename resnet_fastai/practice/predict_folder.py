@@ -19,9 +19,10 @@ from fastprogress.fastprogress import progress_bar
 
 from ..engine.calibration import check_min_prob, tempered
 from ..engine.fast_net import _bare, weights_hash
+from ..engine.fetch import resolve_data
 from ..engine.files import DataError, PhotoError, atomic_write, quote, write_json
-from ..engine.layout import list_photos, PhotoList
-from ..engine.shared import on_rank0, shared_out
+from ..engine.layout import folder_photos, PhotoList
+from ..engine.shared import on_rank0, shared_out, some_of
 from ..engine.splits import model_parts
 from ..engine.protocols import split_protocol
 from ..inference import _answers
@@ -141,11 +142,11 @@ def _write_parquet(rows, dest, n, min_prob=None, block=10_000):
 def _named_photos(photos):
     "All photos below a folder, or those of a list; what makes an id of one; the folder that the ids are seen from"
     if isinstance(photos, (str, Path)):
+        if '://' in str(photos): photos = resolve_data(photos)
         if not Path(photos).is_dir(): raise DataError(f"{photos} is not a folder; pass a folder of photos, or a list of paths")
-        root, paths = os.path.join(photos, ''), list_photos(photos)
-        if not paths: raise DataError(f"{photos} holds no photos (looked for .jpg, .png and so on, to the bottom)")
-        below = lambda p: Path(os.path.relpath(p, root)).as_posix()
-        return PhotoList(photos, [os.fsencode(below(p)) for p in paths]), below, os.path.abspath(photos)
+        root, found = os.path.join(photos, ''), folder_photos(photos)
+        if not len(found): raise DataError(f"{photos} holds no photos (looked for .jpg, .png and so on, to the bottom)")
+        return found, lambda p: Path(os.path.relpath(p, root)).as_posix(), os.path.abspath(photos)
     photos = photos if isinstance(photos, PhotoList) else list(photos)
     if (wrong := next((p for p in photos if not isinstance(p, (str, Path))), None)) is not None:
         raise DataError(f"{quote(wrong)} is not a path; pass a folder, or a list of paths")
@@ -250,7 +251,7 @@ def _told(parts, some, how, shown):
 
 def _work(parts, photos, todo, name, shown, how, rows, block=200, seconds=20):
     "Ask about photos; give their rows to `rows` in blocks, or return them"
-    found = _told(parts, (photos[i] for i in todo), how, shown)
+    found = _told(parts, some_of(photos, todo), how, shown)
     bar, some, start = progress_bar(found, total=len(todo), leave=False), [], time.perf_counter()
     saved = start
     try:
