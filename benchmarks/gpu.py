@@ -270,7 +270,7 @@ def noise(n, o):
     return dict(train=split(n), test=split(64 if o.dry_run else 1000), classes=list('abcdefghij'))
 
 
-def cifar_learner(o, kind, depth, updates, precision, graph, cbs=(), n=50_000, look_every=50):
+def cifar_learner(o, kind, depth, updates, precision, graph, cbs=(), n=50_000, look_every=50, compile=False):
     import cifar10 as c
     from fastai.torch_core import set_seed
 
@@ -279,7 +279,7 @@ def cifar_learner(o, kind, depth, updates, precision, graph, cbs=(), n=50_000, l
     set_seed(0)
     for dl in dls.loaders: dl.rng.seed(0)
     graph = [CudaGraph(look_every=look_every, graph=TapeGraph if o.dry_run else DeviceGraph)] if graph else []
-    learn = c.cifar_learner(dls, depth, kind, updates, precision, [*graph, *cbs], graph=False)
+    learn = c.cifar_learner(dls, depth, kind, updates, precision, [*graph, *cbs], graph=False, compile=compile)
     return learn, c.epochs(dls, updates)
 
 
@@ -351,16 +351,16 @@ def rate(o):
                 sync()
                 times.append(time.perf_counter())
     times = []
-    learn, epochs = cifar_learner(o, kind, int(depth), n[1], precision, graphed == 'graph', [Clock()], n=320 if o.dry_run else 50_000)
+    learn, epochs = cifar_learner(o, kind, int(depth), n[1], precision, 'graph' in graphed, [Clock()], n=320 if o.dry_run else 50_000, compile='compiled' in graphed)
     quietly(learn, epochs)
-    used = graphed != 'graph' or learn.cuda_graph.reason
+    used = 'graph' not in graphed or learn.cuda_graph.reason
     return dict(updates_per_s=(n[1] - n[0])/(times[1] - times[0]), ms=1e3*(times[1] - times[0])/(n[1] - n[0]), without_graph=used if used is not True else None)
 
 
 def run(o):
     "A whole run, or what is left of it"
     import cifar10 as c
-    kind, depth, seed, precision = o.arg.split(',')
+    kind, depth, seed, precision, how = o.arg.split(',')
     name = f'{kind}{depth}-{seed}'
     folder, updates = (c.draw_cifar(o.tmp/'cifar', 96, 32), 20) if o.dry_run else (Path(o.cifar), c.paper_updates)
 
@@ -373,7 +373,7 @@ def run(o):
             self.saved_at = time.monotonic()
     c.Checkpoint = Checkpoint
     c.train(folder, int(depth), kind, updates, int(seed), o.work/'results'/f'{name}.json', o.work/'runs'/name, precision, cache=o.work,
-            bs=16 if o.dry_run else c.paper_bs, every=8 if o.dry_run else 10_000)
+            bs=16 if o.dry_run else c.paper_bs, every=8 if o.dry_run else 10_000, compile='compiled' in how)
     return {}
 
 
@@ -608,17 +608,19 @@ class Whole:
         return self.known['rates'][key].get('updates_per_s')
 
     def choose(self):
-        "The precision that is faster, and how many networks at a time: the fewest that reach nine tenths of the best"
+        "The precision and the way that are faster, and how many networks at a time: the fewest that reach nine tenths of the best"
         if 'choice' in self.known: return
         small_, deep = (8, 14) if self.o.dry_run else (20, 56)
         if not self.o.dry_run: self.rate('resnet', small_, 'bf16', 'eager')
         both = {p: self.rate('resnet', small_, p, 'graph') or 0 for p in ('fp32', 'bf16')}
         if not self.o.dry_run: self.rate('resnet', deep, 'bf16', 'graph')
         precision = 'bf16' if both['bf16'] > 1.1*both['fp32'] else 'fp32'    # the paper's precision, unless the other one is clearly faster
-        together = {n: self.rate('resnet', small_, precision, 'graph', n) or 0 for n in ((1, 2) if self.o.dry_run else side_by_side)}
+        ways = {how: self.rate('resnet', small_, precision, how) or 0 for how in ('graph', 'compiled graph')}
+        how = 'compiled graph' if ways['compiled graph'] > 1.2*ways['graph'] else 'graph'
+        together = {n: self.rate('resnet', small_, precision, how, n) or 0 for n in ((1, 2) if self.o.dry_run else side_by_side)}
         if not any(together.values()) and self.left() < 60: return
         best = max(together.values())
-        self.known['choice'] = dict(precision=precision, at_a_time=min(n for n, r in together.items() if r >= .9*best))
+        self.known['choice'] = dict(precision=precision, how=how, at_a_time=min(n for n, r in together.items() if r >= .9*best))
         self.keep()
         print(f"CIFAR-10 runs: {self.known['choice']}", flush=True)
 
@@ -640,7 +642,7 @@ class Whole:
             while queue and len(going) < choice['at_a_time'] and self.left() > 40:
                 kind, depth, seed = queue.pop(0)
                 name = f'{kind}{depth}-{seed}'
-                going[self.start('run', name, '--arg', f"{kind},{depth},{seed},{choice['precision']}", '--cifar', self.o.cifar)] = name
+                going[self.start('run', name, '--arg', f"{kind},{depth},{seed},{choice['precision']},{choice.get('how', 'graph')}", '--cifar', self.o.cifar)] = name
             if not going: break
             time.sleep(.5)
             for p, name in list(going.items()):

@@ -1,12 +1,16 @@
 """A training by several processes, as `torchrun` starts them.
 
     torchrun --standalone --nproc-per-node N many.py WHAT FOLDER
+    python many.py N:WHAT N:WHAT … FOLDER               # several jobs, forked by one process
 
 Each process leaves what it knows in FOLDER/WHAT-N-RANK.pt; without `torchrun` it is one process."""
 import os
 import signal
+import socket
 import sys
+import traceback
 import warnings
+import zlib
 from pathlib import Path
 
 warnings.filterwarnings('ignore')
@@ -91,6 +95,28 @@ def resumed(paths, out, folder, die_at=None):
     torch.save(dict(weights=weights(m), rows=m.learn.history.rows, lr=m.learn.lr, draw=torch.rand(2)), out)
 
 
+class Diary(Callback):
+    "A line for each photo that is trained on: epoch, number, checksum of its pixels; all processes die before one update"
+    order = -20
+    def __init__(self, to, die_at): self.to, self.die_at, self.updates = to, die_at, 0
+    def before_train(self): self.at = 0
+    def after_step(self): self.updates += 1
+    def before_batch(self):
+        if not self.training: return
+        if self.updates == self.die_at: os.kill(os.getpid(), signal.SIGKILL)
+        idxs = self.dls.train._DataLoader__idxs[self.at:self.at + len(self.xb[0])]
+        self.at += len(idxs)
+        with open(self.to, 'a') as f:
+            f.write(''.join(f'{self.epoch} {i} {zlib.crc32(x.contiguous().numpy().tobytes())}\n' for i, x in zip(idxs, self.xb[0])))
+
+
+def moving(paths, out, folder, die_at):
+    "A run that another number of processes goes on with; of each its own diary"
+    m = model(paths, plain=True, micro_bs=1, run_folder=folder, every=1, cbs=Diary(f'{out}.txt', die_at))
+    m.fit(3, resume=True)
+    torch.save(dict(weights=weights(m), rows=m.learn.history.rows), out)
+
+
 def different(paths, out, folder, what):
     "One process has another folder, or other arguments"
     root, kw = (paths[0], dict(lr=.5)) if what == 'lr' else (folder/what, {})
@@ -118,15 +144,47 @@ def stopped(paths, out, folder):
     except KeyboardInterrupt: torch.save(dict(weights=weights(m), files=len(m.learn.checkpoint.files())), out)
 
 
-if __name__ == '__main__':
-    what, folder = sys.argv[1], Path(sys.argv[2])
+def forked(jobs, folder):
+    "Jobs one after the other, like '2:moving' for two processes; forked, so that they import nothing; ended as torchrun ends them. Prints the exit codes"
+    for job in jobs:
+        n, what = job.split(':')
+        with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+        pids = []
+        while len(pids) < int(n):
+            pids.append(os.fork())
+            if not pids[-1]: break
+        if not pids[-1]:
+            global rank, ranks
+            rank, ranks = len(pids) - 1, int(n)
+            if ranks > 1: os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+            code = 1
+            try: main(what, folder); code = 0
+            except SystemExit as e: code = e.code
+            except BaseException: traceback.print_exc()
+            finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+        codes = {}
+        while len(codes) < len(pids):
+            pid, status = os.wait()
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid]:
+                for other in {*pids} - {*codes}: os.kill(other, signal.SIGTERM)
+        print(f'\n{job}', *(codes[p] for p in pids), flush=True)            # perhaps after half a progress bar
+
+
+def main(what, folder):
     root = folder/'drawn'
     paths, out = DataPaths(root, root/'labels.json', root/'encoding.json'), folder/f'{what}-{ranks}-{rank}.pt'
     if what == 'everything': everything(paths, out)
     elif what == 'untouched': resumed(paths, out, folder/'run-untouched')
     elif what.startswith('killed'): resumed(paths, out, folder/'run-killed', die_at=5 if what == 'killed' else None)
+    elif what.startswith('moving'): moving(paths, out, folder/what.split('-')[1], int((what.split('-') + [-1])[2]))
     elif what == 'failing': failing(paths, out, folder/'run-failing')
     elif what.startswith('different'): different(paths, out, folder, what.partition('-')[2])
     elif what == 'small': model(paths, bs=3)
     elif what == 'stopped': stopped(paths, out, folder/'run-stopped')
     if dist.is_initialized(): dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    if len(sys.argv) > 3: forked(sys.argv[1:-1], Path(sys.argv[-1]))
+    else: main(sys.argv[1], Path(sys.argv[2]))

@@ -1,4 +1,5 @@
 "The CIFAR-10 scripts: data in four layouts, published weights, crops beside a brute-force version, a run that is stopped and goes on."
+import copy
 import importlib.util
 import io
 import json
@@ -451,6 +452,32 @@ def test_a_short_run_keeps_gradients_and_responses(figures, folder, tmp_path, mo
     assert len(told['layers']) == 7 and [*told['responses']] == told['layers'] and min(told['responses'].values()) > 0
 
 
+def test_a_run_is_looked_at_where_it_has_come_to(figures, folder, tmp_path):
+    how = dict(depth=8, updates=8, bs=16, cache=tmp_path)
+    cifar.train(folder, **how, out=tmp_path/'run.json', run_folder=tmp_path/'runs'/'resnet8-8-0')
+    cifar.train(folder, **how, kind='plain', out=tmp_path/'plain.json', run_folder=tmp_path/'runs'/'plain8-8-0')
+    told = figures.trained_here(folder, tmp_path/'runs', tmp_path/'runs.json', batches=2, bs=16)
+    assert json.loads((tmp_path/'runs.json').read_text())['nets'] == told['nets'] and [*told['nets']] == ['plain8-8-0', 'resnet8-8-0']
+    for name, file in (('resnet8-8-0', 'run.json'), ('plain8-8-0', 'plain.json')):
+        net, last = told['nets'][name], json.loads((tmp_path/file).read_text())['epochs'][-1]
+        assert net['updates'] == 8 and net['error'] == pytest.approx(last['top1_error']) and len(net['responses']) == len(net['gradients']) == 7
+    with pytest.raises(DataError, match='holds no runs'): figures.checkpoints(tmp_path)
+
+
+def test_gradient_norms_leave_the_network_as_it_is(figures, trained):
+    net, x, y = trained
+    batches = [(cifar.published_input(x[i:i + 12]), y[i:i + 12]) for i in (0, 12)]
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    found = figures.gradient_norms(net, batches, 2)
+    own, each = copy.deepcopy(net).train(), []
+    weights = [p for p in own.parameters() if p.ndim == 4]
+    for xb, yb in batches:
+        grads = torch.autograd.grad(torch.nn.functional.cross_entropy(own(xb), yb), weights)
+        each.append([g.double().norm().item() for g in grads])
+    np.testing.assert_allclose(found, np.sqrt((np.array(each)**2).mean(0)), rtol=1e-3)
+    assert not net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
 def test_smaller_photos_are_means_of_squares(figures):
     x = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     expected = x.numpy().reshape(3, 3, 8, 4, 8, 4).mean((3, 5))
@@ -466,6 +493,10 @@ def test_stored_layers(file):
         assert f'--net {file.stem} ' in told['command'] and told['updates_done'] == told['updates'] == told['gradients'][-1]['update']
         layers = int(told['net'].lstrip('plainresnet')) - 1              # all but the last one
         assert len(told['layers']) == len(told['responses']) == layers == len(told['gradients'][0]['norms'])
+    if file.stem == 'runs':
+        for name, net in told['nets'].items():
+            assert name.startswith(f"{net['kind']}{net['depth']}-64000-") and 0 < net['updates'] <= 64_000
+            assert len(net['responses']) == len(net['gradients']) == net['depth'] - 1 and 0 < net['error'] < 1
     if file.stem == 'published':
         assert {int(d): round(n['error']*10_000) for d, n in told['nets'].items()} == {20: 827, 32: 737, 44: 690, 56: 661}
         assert {int(d): len(n['responses']) for d, n in told['nets'].items()} == {d: d - 1 for d in (20, 32, 44, 56)}

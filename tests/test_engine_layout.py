@@ -74,7 +74,7 @@ def test_class_folders_become_the_layout(classes, tmp_path):
 def test_class_folders_that_are_refused(classes, tmp_path):
     from_folders(classes, tmp_path/'laid-out')
     with pytest.raises(DataError, match='exists already and is not touched'): from_folders(classes, tmp_path/'laid-out')
-    with pytest.raises(DataError, match='has no folder train/'): from_folders(tmp_path/'laid-out/test', tmp_path/'new')
+    with pytest.raises(DataError, match='lies in no class folder'): from_folders(tmp_path/'laid-out/test', tmp_path/'new')
     assert not (tmp_path/'new').exists()
 
 

@@ -113,5 +113,14 @@ def test_batches_do_not_care_where_a_group_ends(bs):
     assert sent == [bs]*(25//bs) + [25 % bs]*(25 % bs > 0) and list(batched_forward(ask, iter([]), 5)) == []
 
 
+@pytest.mark.parametrize('n, sent', [(3, [3]), (4, [4]), (5, [4, 4]), (8, [4, 4]), (11, [4, 4, 4])])
+def test_a_gpu_sees_one_shape_only_and_the_rest_is_left_out(n, sent):
+    seen, groups = [], [torch.full((1, 2), float(i)) for i in range(n)]
+    def ask(x):
+        seen.append(len(x))
+        return x + 1
+    assert torch.equal(torch.cat(list(batched_forward(ask, iter(groups), 4, gpu=True))), torch.cat(groups) + 1) and seen == sent
+
+
 @pytest.mark.parametrize('workers', [0, 1, 3])
 def test_prefetch_keeps_the_order(workers): assert list(prefetch(lambda i: i*i, range(20), workers)) == [i*i for i in range(20)]

@@ -113,7 +113,7 @@ def test_no_step_begins_when_the_time_is_over(gpu, tmp_path, monkeypatch):
 run = '''
 name, folder = sys.argv[-1], {work!r}
 name = sys.argv[sys.argv.index('--name') + 1]
-kind, depth, seed, precision = sys.argv[sys.argv.index('--arg') + 1].split(',')
+kind, depth, seed, precision, how = sys.argv[sys.argv.index('--arg') + 1].split(',')
 os.makedirs(folder + '/results', exist_ok=True), os.makedirs(folder + '/runs/' + name, exist_ok=True)
 was = folder + '/results/' + name + '.json'
 done = json.load(open(was))['updates_done'] if os.path.exists(was) else 0

@@ -4,12 +4,16 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
 from patience import run
 from resnet_fastai.data import demo_data
+from resnet_fastai.engine.checkpoint import Checkpoint, share_of
+from resnet_fastai.engine.loader import PhotoDL
 
 program = Path(__file__).parent/'many.py'
 
@@ -20,6 +24,13 @@ def launch(n, what, folder):
     env = os.environ | dict(OMP_NUM_THREADS='1', FASTAI_HOME=str(folder/'fastai'), CUDA_VISIBLE_DEVICES='')
     p = run([*start, program, what, folder], env=env)
     return p.returncode, p.stdout + p.stderr
+
+
+def forked(folder, *jobs):
+    "Run jobs like '2:failing' in many.py, one after the other; (exit codes of each, what was said)"
+    p = run([sys.executable, program, *jobs, folder], env=os.environ | dict(OMP_NUM_THREADS='1', FASTAI_HOME=str(folder/'fastai'), CUDA_VISIBLE_DEVICES=''))
+    lines = [line.split() for line in p.stdout.splitlines()]
+    return [[int(code) for code in words[1:]] for words in lines if words[:1] and words[0] in jobs], p.stdout + p.stderr
 
 
 def left(n, what, folder): return [torch.load(folder/f'{what}-{n}-{r}.pt', weights_only=False) for r in range(n)]      # our own, just written
@@ -75,8 +86,47 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on_to_the_same_bits(fold
         assert equal(one['weights'], other['weights']) and figures(one['rows']) == figures(other['rows']) and one['lr'] == other['lr']
         assert torch.equal(one['draw'], other['draw'])
     assert len((folder/'run-killed'/'history.csv').read_text().splitlines()) == 4
-    code, said = launch(1, 'killed-again', folder)                       # another number of processes has other generators
-    assert code != 0 and 'another number of processes' in said
+
+
+def test_another_number_of_processes_goes_on_at_the_next_photo_that_nobody_had(folder):
+    "Killed on 2 processes in the second epoch, on 4 in the third, ended by 1: the photos, crops and weights of one that nobody touched"
+    codes, said = forked(folder, '1:moving-still', '2:moving-moved-5', '4:moving-moved-5', '1:moving-moved')
+    assert codes == [[0], [-9, -9], [-9]*4, [0]], said
+    lines = {what: sorted(line for p in folder.glob(f'moving-{what}*.txt') for line in p.read_text().splitlines()) for what in ('still', 'moved')}
+    assert len(lines['still']) == 3*42 and lines['moved'] == lines['still']
+    still, moved = left(1, 'moving-still', folder)[0], left(1, 'moving-moved', folder)[0]
+    for k, v in still['weights'].items(): torch.testing.assert_close(moved['weights'][k], v, atol=1e-5, rtol=1e-4)
+    for a, b in zip(still['rows'], moved['rows']): assert a['train_error'] == b['train_error']      # counted over all processes
+    rows = pd.read_csv(folder/'moved'/'history.csv')
+    assert rows.processes.tolist() == [2, 4, 1] and 'processes' not in still['rows'][0]
+    resumes = pd.read_csv(folder/'moved'/'resumes.csv')
+    assert resumes[['epochs', 'photos', 'before', 'processes']].values.tolist() == [[1, 12, 2, 4], [2, 24, 4, 1]]
+
+
+def test_a_last_update_that_the_processes_would_have_joined_to_the_one_before():
+    "37 photos in updates of 12: one process ends with an update of 1, two with one of 13"
+    dl = PhotoDL(range(37), bs=12, shuffle=True, num_workers=0)
+    dl.update, dl.world_size = 12, 2
+    learn = SimpleNamespace(epoch=1, n_epoch=2, n_iter=len(dl), dls=SimpleNamespace(train=dl))
+    at = {}
+    for position in (0, 12, 24, 36, 37):
+        cb = Checkpoint('nowhere')
+        cb.learn = learn
+        cb._move(position)
+        at[position] = cb.batch, learn.pct_train
+    assert dl.photos_in() == [12, 12, 13]
+    assert at == {0: (0, .5), 12: (1, pytest.approx(4/6)), 24: (2, pytest.approx(5/6)), 36: (3, 1.), 37: (3, 1.)}
+
+
+def test_a_process_that_was_not_there_before_draws_numbers_of_its_own():
+    def own(seed):
+        torch.manual_seed(seed)
+        return dict(rng=dict(torch=torch.get_rng_state(), cuda=[]), counts=dict(wrong=seed, seen=4, sums=[[1., 2]]))
+    def draws(rank, n):
+        torch.set_rng_state(share_of([own(1), own(2)], rank, n)['rng']['torch'])
+        return tuple(torch.rand(3).tolist())
+    assert len({draws(r, 4) for r in range(4)}) == 4 and draws(3, 4) == draws(3, 4) and draws(0, 1) == draws(0, 2)
+    assert [share_of([own(1), own(2)], r, 3)['counts'] for r in range(3)] == [dict(wrong=3, seen=8, sums=[[2., 4]])] + 2*[dict(wrong=0, seen=0, sums=[[0, 0]])]
 
 
 def test_a_process_that_fails_ends_the_job_with_its_sentence(folder):

@@ -146,6 +146,15 @@ def default_exp(nb_path):
     return found[1] if found else ''
 
 
+def explains(
+    nb_path:Path, # Of a notebook
+    modules:set, # Names below the package
+) -> str: # A module, or ''
+    "The module that a notebook exports, or the one that a guide has its name from: practice/share.ipynb → practice.share"
+    named = f'{nb_path.parent.name}.{nb_path.stem}'
+    return default_exp(nb_path) or (named if named in modules else '')
+
+
 def processed(
     nb_path:Path, # Of a notebook
     number:int|None, # Its place in the book
@@ -204,7 +213,8 @@ def prepare():
         new = proc/page_of(p)
         if new.exists(): sys.exit(f'nbs/{p} and another notebook would both be the page {new.stem}.html')
         nbformat.write(processed(nbs/p, number.get(p), where), new)
-    titles = {m: (f"{number[p]} · {title_of(nbs/p)}" if p in number else title_of(nbs/p), page_of(p)) for p in paths if (m := default_exp(nbs/p))}
+    known = {m.name for m in modules}
+    titles = {m: (f"{number[p]} · {title_of(nbs/p)}" if p in number else title_of(nbs/p), page_of(p)) for p in paths if (m := explains(nbs/p, known))}
     reference_pages(proc, modules, titles, where)
     (proc/'sidebar.yml').write_text(sidebar(order, modules), encoding='utf-8')
     ini = ConfigParser(delimiters=['='])

@@ -343,12 +343,13 @@ def cifar_learner(
     precision:str='fp32', # 'fp32', 'bf16' or 'fp16'
     cbs=(), # More callbacks
     graph:bool|None=None, # Updates from a CUDA graph; None: on a GPU
+    compile:bool=False, # Compile the network, which takes up to a minute first
 ): # A `ResumableLearner`; fit it for `epochs(dls, updates)` epochs
     "The paper's network and recipe: rate .1, momentum .9, decay .0001; a small rate first where there are 110 layers or more"
     cbs = [LastUpdate(updates), *([WarmUp(.01, .8)] if depth >= 110 else []), *cbs]
     return resnet_learner(dls, f'cifar_{kind}{depth}', bs=dls.train.bs, lr=.1, schedule=MultiStepLR(updates=drops(updates)),
                           precision=precision, channels_last=precision != 'fp32', cbs=cbs,
-                          graph=dls.device.type == 'cuda' if graph is None else graph)
+                          graph=dls.device.type == 'cuda' if graph is None else graph, compile=compile)
 
 
 def epochs(dls, updates): return math.ceil(updates/dls.train.whole)
@@ -443,6 +444,7 @@ def train(
     bs:int=paper_bs, # Photos in a batch
     every:int=500, # Updates between two checkpoints; one more follows each epoch
     quiet:bool=True, # A line an epoch in the place of progress bars
+    compile:bool=False, # Compile the network
 ): # The learner
     "One run, from the beginning or from where it was stopped"
     data = cifar10(folder, cache)
@@ -454,8 +456,8 @@ def train(
     out = Path(out or Path(__file__).parent/'results'/f'{name}.json')
     results = Results(out, told | dict(earlier=earlier_parts(out, told)), quiet)
     keep = Checkpoint(run_folder or root/'runs'/'cifar10'/name, every=every)
-    learn = cifar_learner(dls, depth, kind, updates, precision, [results, keep])
-    results.about |= dict(parameters=count_params(learn.model), macs=count_macs(learn.model, 32), graph=hasattr(learn, 'cuda_graph'),
+    learn = cifar_learner(dls, depth, kind, updates, precision, [results, keep], compile=compile)
+    results.about |= dict(parameters=count_params(learn.model), macs=count_macs(learn.model, 32), graph=hasattr(learn, 'cuda_graph'), compiled=compile,
                           tf32=dls.device.type == 'cuda' and precision == 'fp32' and torch.backends.cudnn.allow_tf32)
     if not quiet: learn.resume(epochs(dls, updates)); return learn
     with learn.no_bar(), learn.no_logging(): learn.resume(epochs(dls, updates))
@@ -488,6 +490,7 @@ def main(argv=None):
     p.add_argument('--precision', choices=['fp32', 'bf16', 'fp16'], default='fp32')
     p.add_argument('--hold-out', type=int, default=0, help='so many training photos to evaluate on, in the place of the test photos')
     p.add_argument('--cache', type=Path, help="where class folders are kept once decoded; default: fastai's data folder")
+    p.add_argument('--compile', action='store_true', help='compile the network: a minute first, faster updates on a GPU')
     p.add_argument('--threads', type=int, help='of the processor; default: all')
     args = vars(p.parse_args(argv))
     if n := args.pop('threads'): torch.set_num_threads(n)

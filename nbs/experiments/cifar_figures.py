@@ -2,16 +2,20 @@
 
     python nbs/experiments/cifar_figures.py CIFAR10 --weights FOLDER    # four networks that others have trained
     python nbs/experiments/cifar_figures.py CIFAR10 --weights FOLDER --jpeg 95 90 75    # ResNet-20 on copies of the test photos
+    python nbs/experiments/cifar_figures.py CIFAR10 --runs FOLDER       # what runs of cifar10.py have reached: their newest checkpoints
     python nbs/experiments/cifar_figures.py CIFAR10 --net plain56       # a short run of our own, at half the resolution
 
-With --weights: test errors, errors of ensembles (the idea of Table 5), the error without each block, and the responses of Figure 7, of
+With --runs, a folder of run folders: test error, the responses of Figure 7, and the norm of each 3×3 layer's gradient over some batches
+of training photos, at the point that each run has come to. With --weights: test errors, errors of ensembles (the idea of Table 5), the error without each block, and the responses of Figure 7, of
 resnet20.th, resnet32.th, resnet44.th and resnet56.th from https://github.com/akamaster/pytorch_resnet_cifar10. With --net: the gradient
 of every 3×3 layer while the network is trained, and its responses after each epoch. CIFAR10 as for cifar10.py."""
 import argparse
+import copy
 import io
+import json
 import re
 import sys
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +26,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from cifar10 import (block_edges, cifar10, cifar_dls, cifar_learner, commit, epochs, machine, paper_updates, predict, published_errors,
+from cifar10 import (block_edges, cifar10, cifar_dls, cifar_learner, commit, epochs, machine, paper_bs, paper_updates, predict, published_errors,
                      published_input, published_net, weights_of)
+from resnet_fastai.engine.checkpoint import read_checkpoint
 from resnet_fastai.engine.files import DataError, write_json
-from resnet_fastai.model import Block, count_params
+from resnet_fastai.model import Block, build_net, count_params
 from resnet_fastai.training import WarmUp
 
 results = Path(__file__).parent/'results'/'layers'
@@ -103,11 +108,11 @@ def published(folder, weights, out, delete=(20, 56)):
 
 def jpeg_copy(x, quality): # (N,3,32,32) of 8 bits; JPEG's quality, up to 95
     "The photos as they come back from JPEG files, colour at half resolution as usual"
-    def copy(photo):
+    def through(photo):
         file = io.BytesIO()
         Image.fromarray(photo).save(file, 'JPEG', quality=quality)
         return np.asarray(Image.open(file))
-    return torch.from_numpy(np.stack([copy(p) for p in x.permute(0, 2, 3, 1).numpy()])).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack([through(p) for p in x.permute(0, 2, 3, 1).numpy()])).permute(0, 3, 1, 2)
 
 
 def on_jpegs(folder, weights, qualities, out):
@@ -121,6 +126,50 @@ def on_jpegs(folder, weights, qualities, out):
         told['rows'].append(dict(quality=q, block_edges=_digits(block_edges(copies)),
                                  error=(predict(net, copies).argmax(1) != y).double().mean().item()))
         print(told['rows'][-1], flush=True)
+        _write(out, told)
+    return told
+
+
+# --- Trained by us
+
+def checkpoints(folder): # A folder of run folders of cifar10.py
+    "{KIND DEPTH-UPDATES-SEED: its newest checkpoint}"
+    found = {p.name: sorted(p.glob('checkpoint-*.pt')) for p in sorted(Path(folder).iterdir()) if re.match('(plain|resnet)[0-9]+-', p.name)}
+    found = {name: files[-1] for name, files in found.items() if files}
+    if not found: raise DataError(f"{folder} holds no runs of cifar10.py, which have names like resnet20-64000-0 and checkpoints inside")
+    return found
+
+
+def gradient_norms(net, dl, batches):
+    "The norm of each 3×3 layer's gradient, the root mean square over batches; weights and BN's averages stay as they are"
+    net, squares = copy.deepcopy(net).train(), 0
+    for x, y in islice(iter(dl), batches):
+        net.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        squares = squares + np.array([conv.weight.grad.square().sum().item() for _, conv, _ in layers_3x3(net)])
+    return [_digits(v) for v in (squares/batches)**.5]
+
+
+def trained_here(folder, runs, out, batches=20, bs=paper_bs):
+    "Each run's newest checkpoint: its error, its responses and its gradients"
+    data = cifar10(folder)
+    told = _about(f'--runs {Path(runs).name}', data) | dict(photos=len(data['test'][0]), batches=batches, nets={})
+    known = json.loads(out.read_text())['nets'] if out.exists() else {}          # of checkpoints that are the same still
+    for name, file in checkpoints(runs).items():
+        kind, depth = re.match('(plain|resnet)([0-9]+)', name).groups()
+        told['nets'][name] = known.get(name, dict(updates=None))
+        if told['nets'][name]['updates'] == int(re.search('[0-9]+', file.name)[0]): continue
+        state, dls = read_checkpoint(file), cifar_dls(data, bs, device='cpu')
+        net = build_net(f'cifar_{kind}{depth}', len(data['classes']))
+        net.load_state_dict(state['model'])
+        look, wrong = Responses(net.eval()), 0
+        with torch.no_grad():
+            for x, y in dls.valid: wrong += (net(x).argmax(1) != y).sum().item()
+        set_seed(0)
+        dls.train.rng.seed(0)
+        told['nets'][name] = dict(kind=kind, depth=int(depth), updates=int(re.search('[0-9]+', file.name)[0]), error=wrong/told['photos'],
+                                  responses=look.stop(), gradients=gradient_norms(net, dls.train, batches))
+        print(f"{name}: {told['nets'][name]['updates']:,} updates, error {wrong/told['photos']:.2%}", flush=True)
         _write(out, told)
     return told
 
@@ -190,13 +239,14 @@ def main(argv=None):
     p.add_argument('folder', type=Path, help='CIFAR-10, as for cifar10.py')
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument('--weights', type=Path, help='a folder with resnet20.th, resnet32.th, resnet44.th and resnet56.th')
+    what.add_argument('--runs', type=Path, help='a folder of run folders of cifar10.py: resnet20-64000-0, …')
     what.add_argument('--net', help='plain20, resnet56, …: trained for a short time')
     p.add_argument('--jpeg', type=int, nargs='+', metavar='QUALITY', help='with --weights: qualities of JPEG, from 1 to 95')
     p.add_argument('--updates', type=int, default=3000, help='with --net; the rate falls after 1/2 and 3/4 of them')
     p.add_argument('--size', type=int, default=16, choices=[8, 16, 32], help='with --net: pixels on a side')
     p.add_argument('--bs', type=int, default=64, help='with --net: photos in an update')
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--out', type=Path, help='default: nbs/experiments/results/layers/NET.json, published.json or jpeg.json')
+    p.add_argument('--out', type=Path, help='default: nbs/experiments/results/layers/NET.json, runs.json, published.json or jpeg.json')
     p.add_argument('--threads', type=int, help='of the processor; default: all')
     args = p.parse_args(argv)
     if args.threads: torch.set_num_threads(args.threads)
@@ -205,6 +255,7 @@ def main(argv=None):
     if args.jpeg and not args.weights: p.error('--jpeg needs --weights: a network that is asked about the copies')
     try:
         if args.jpeg: on_jpegs(args.folder, args.weights, args.jpeg, args.out or results/'jpeg.json')
+        elif args.runs: trained_here(args.folder, args.runs, args.out or results/'runs.json')
         elif args.weights: published(args.folder, args.weights, args.out or results/'published.json')
         else: short_run(args.folder, args.net, args.updates, args.size, args.bs, args.seed, args.out or results/f'{args.net}.json')
     except (DataError, FileNotFoundError) as e: sys.exit(f'{type(e).__name__}: {e}')

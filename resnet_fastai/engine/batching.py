@@ -36,21 +36,33 @@ def batched_forward(
     ask:Callable, # (n,…) → (n,n_out), perhaps on a GPU that is not yet done with it
     groups:Iterable, # Tensors (nᵢ,…)
     bs:int, # Rows that are asked about at a time
+    gpu:bool|None=None, # Is a GPU asked? None: where there is one
 ) -> Iterator: # (nᵢ,n_out) on the CPU for each group
     "Ask about groups of rows in batches that do not care where a group ends"
-    sizes, pool, have, answers, running = deque(), [], 0, torch.empty(0), None
-    for group in chain(groups, [None]):
-        if group is not None: sizes.append(len(group)); pool.append(group); have += len(group)
-        while have >= bs or (group is None and have):
-            x = torch.cat(pool)
-            pool, have, said = [x[bs:]], max(0, have - bs), running
-            running = ask(x[:bs])                                                # the next batch is under way while this one is fetched
-            if said is not None: answers = torch.cat([answers, said.cpu()])
-        if group is None and running is not None: answers = torch.cat([answers, running.cpu()])
+    sizes, answers, running = deque(), torch.empty(0), None
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    for x in chain(_filled(groups, bs, sizes, gpu), [None]):
+        said, running = running, None if x is None else ask(x)                   # the next batch is under way while this one is fetched
+        if said is not None: answers = torch.cat([answers, said.cpu()])
         while sizes and len(answers) >= sizes[0]:
             n = sizes.popleft()
             yield answers[:n]
             answers = answers[n:]
+
+
+def _filled(groups, bs, sizes, gpu):
+    "Two batches in turns, filled from groups; a GPU copies from them by itself, and gets a last batch of the usual shape, which it knows"
+    batches, n, i = [None, None], 0, 0
+    for group in groups:
+        sizes.append(len(group))
+        while len(group):
+            if batches[i] is None:
+                layout = torch.channels_last if group.ndim == 4 else torch.contiguous_format
+                batches[i] = torch.empty((bs, *group.shape[1:]), dtype=group.dtype, memory_format=layout, pin_memory=gpu and torch.cuda.is_available())
+            k = min(bs - n, len(group))
+            batches[i][n:n + k], group, n = group[:k], group[k:], n + k
+            if n == bs: yield batches[i]; n, i = 0, 1 - i
+    if n: yield batches[i] if gpu and batches[1 - i] is not None else batches[i][:n]
 
 
 def batch_size(

@@ -6,17 +6,19 @@ import os
 import pickle
 import random
 import signal
+import socket
 import threading
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
+from fastai.callback.core import (
+    Callback, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
@@ -26,6 +28,7 @@ from fastcore.foundation import L
 
 from .files import DataError, atomic_write, sync_folder
 from .finite import _what_stands, LossError
+from .foreach import foreach_step, release_grads
 from .lock import lock_folder, unlock_folder
 from .precision import Precision
 
@@ -166,6 +169,15 @@ class ResumableLearner(Learner):
         self('after_loss')
         if self.training and len(self.yb): self._do_grad_opt()
 
+    def _step(self): foreach_step(self.opt)
+    def _release(self): release_grads(self.opt)
+
+    def _do_grad_opt(self):
+        "fastai's, with a quick step, and gradients that are given back in the place of set to zero"
+        self._with_events(self._backward, 'backward', CancelBackwardException)
+        self._with_events(self._step, 'step', CancelStepException)
+        self._release()
+
     def add_cb(self, cb):
         "In the place of fastai's `MixedPrecision` comes `Precision`: `to_fp16` and `to_bf16` work on any device, and with accumulation"
         cb = cb() if isinstance(cb, type) else cb
@@ -260,7 +272,7 @@ def graceful_interrupt(learn):
 def run_identity(
     learn:Learner, # Made by `resnet_learner`
 ) -> dict: # Of numbers, strings, lists and dicts
-    "What must be the same for a run to go on, or for processes to train together"          # and as many processes: each has its own generators
+    "What must be the same for a run to go on, or for processes to train together"
     dls,photos,labels = learn.dls,getattr(learn.dls, 'photos', {}),getattr(learn.dls, 'labels', None)
     encoding,stats = dict(getattr(labels, 'encoding', {})),getattr(dls, 'stats', None)
     return _plain(dict(
@@ -334,7 +346,7 @@ def _inmost(a, b, at=''):
 
 
 def _refuse_strangers(path, theirs, ours):
-    if found := first_difference(ours, theirs):
+    if found := first_difference(ours | dict(processes=theirs['processes']), theirs):     # another number of them can go on
         what,mine,other = found
         raise DataError(f"{path} belongs to a run with {what}: it has {other}, you have {mine}; nothing was changed. "
                         "Resume with the same arguments, or name another folder")
@@ -406,18 +418,20 @@ class Checkpoint(Callback):
             hps={k: torch.tensor(v, dtype=torch.float64) for cb in _schedules(learn.cbs) for k,v in cb.hps.items()},
             model=_net(learn).state_dict(), opt=_opt_state(self.opt), lr=learn.lr, hypers=[dict(h) for h in self.opt.hypers],
             frozen_idx=self.opt.frozen_idx,
-            scaler=scaler.state_dict() if (scaler := getattr(learn, 'scaler', None)) else None, ranks=self.of_ranks(),
+            scaler=scaler.state_dict() if (scaler := getattr(learn, 'scaler', None)) else None, ranks=self.of_ranks(batch),
+            position=sum(self.dls.train.photos_in()[:batch]) if hasattr(self.dls.train, 'photos_in') else None,     # in the epoch's order
             recorder=dict(lrs=torch.tensor(rec.lrs, dtype=torch.float64), iters=list(rec.iters), values=[list(v) for v in rec.values],
                           losses=torch.stack(rec.losses) if rec.losses else torch.zeros(0),
-                          smooth=[rec.smooth_loss.count, rec.smooth_loss.val], sums=[[m.total, m.count] for m in rec._train_mets[1:] if batch]),
+                          smooth=[rec.smooth_loss.count, rec.smooth_loss.val]),
             kept=[len(hist.kept[n]) for n in hist.lists] if hist.kept else None, smooth=list(hist.smooth) if hist.kept else None,
             elapsed=time.perf_counter() - hist.start,
             callbacks={cb.name: {a: getattr(cb, a) for a in names} for cb in learn.cbs if (names := _state_of(cb))})
 
-    def of_ranks(self) -> list: # Of dicts, one a process
+    def of_ranks(self, batch) -> list: # Of dicts, one a process
         "What each process has for itself: its generators, and how many of its photos were wrong"
+        sums = [[m.total, m.count] for m in self.recorder._train_mets[1:] if batch]
         own = _plain(dict(rng=self.at_valid or get_rng(self.dls.loaders), at_train=self.at_train,
-                          counts=dict(wrong=int(self.history.wrong), seen=self.history.seen)))
+                          counts=dict(wrong=int(self.history.wrong), seen=self.history.seen, sums=sums)))
         return self.many_processes.all(own) if hasattr(self, 'many_processes') else [own]
 
     def claim(self):
@@ -490,7 +504,7 @@ class Checkpoint(Callback):
         if rank_distrib(): return
         path,df = self.folder/'history.csv',self.history.df
         with self._plainly():
-            if len(df) == 1 or not path.exists(): _write_through(path, df.to_csv(index=False).encode())
+            if len(df) == 1 or {*self.history.rows[-1]} != {*self.history.rows[0]} or not path.exists(): _write_through(path, df.to_csv(index=False).encode())
             else:
                 with open(path, 'a') as f: f.write(df[-1:].to_csv(index=False, header=False)); f.flush(); os.fsync(f.fileno())
 
@@ -507,15 +521,18 @@ class Checkpoint(Callback):
             except DataError as e: said.append(str(e)); continue
             try: _refuse_strangers(path, state['run'], self.identity)
             except KeyError as e: raise DataError(f"{path} is no whole checkpoint: it lacks {e}") from None
+            if state['batch'] and len(state['ranks']) != max(num_distrib(), 1) and state.get('position') is None:
+                raise DataError(f"{path} does not say which photos it has seen; go on with {len(state['ranks'])} processes, as before")
+            for own in state['ranks']: own['counts'].setdefault('sums', state['recorder'].get('sums', []))     # where older files have them
             if said: print(*said, f'going on from {path.name}', sep='\n')
-            return state
+            return state | dict(file=path.name)
         if said: raise DataError(f"{said[0]}; no other one in {self.folder} is whole: name another folder to begin anew")
 
     def restore(self):
         "Put the learner where it was; the batches of a broken epoch come from `ResumableLearner.rest`"
         s,self.state,self.mine,learn = self.state,None,True,self.learn
         _on_rank0(learn, self._take)
-        s |= s['ranks'][rank_distrib()]
+        s |= share_of(s['ranks'], rank_distrib(), max(num_distrib(), 1))
         learn.model.load_state_dict(s['model'])
         own,self.opt.frozen_idx = [dict(h) for h in self.opt.hypers],s['frozen_idx']
         _set_opt_state(self.opt, s['opt'], s['hypers'])
@@ -530,7 +547,16 @@ class Checkpoint(Callback):
         if getattr(learn, 'progress', None) and hasattr(learn.progress, 'mbar'): learn.progress.mbar.update(0)       # it begins with 0 only
         if s['batch']: learn.rest = partial(self.catch_up, s)
         self.resumed_at_train = s['at_train']
+        if not rank_distrib(): self._note(s)
         if self.history.rows and not rank_distrib(): _write_through(self.folder/'history.csv', self.history.df.to_csv(index=False).encode())
+
+    def _note(self, s):
+        "A line in resumes.csv: when, from where, on how many processes; best effort"
+        path,row = self.folder/'resumes.csv',dict(
+            time=time.strftime('%Y-%m-%d %H:%M:%S'), checkpoint=s['file'], epochs=len(s['callbacks']['history']['rows']),
+            photos=(s.get('position') or 0) if s['batch'] else 0, processes=max(num_distrib(), 1), before=len(s['ranks']), host=socket.gethostname())
+        with suppress(OSError), open(path, 'a', encoding='utf-8') as f:
+            f.write(''.join(','.join(map(str, line)) + '\n' for line in ([row] if not f.tell() else []) + [row.values()]))
 
     def _restore_callbacks(self, s):
         for cb in self.learn.cbs:
@@ -545,11 +571,37 @@ class Checkpoint(Callback):
     def catch_up(self, s):
         "What the beginning of the epoch has reset, once more; then the batches that are left"
         learn,learn.pct_train,self.batch = self.learn,s['pct_train'],s['batch']
+        if len(s['ranks']) != max(num_distrib(), 1): self._move(s['position'])
         self._restore_callbacks(s)
         self.history.wrong,self.history.seen = s['counts']['wrong'],s['counts']['seen']
-        for m,(total,count) in zip(self.recorder._train_mets[1:], s['recorder']['sums']): m.total,m.count = total,count
+        for m,(total,count) in zip(self.recorder._train_mets[1:], s['counts']['sums']): m.total,m.count = total,count
         self.history.start = time.perf_counter() - s['elapsed']
-        return batches_from(self.dls.train, s['batch'], s['at_train'], s['rng'], self.dls.loaders)
+        return batches_from(self.dls.train, self.batch, s['at_train'], s['rng'], self.dls.loaders)
+
+    def _move(self, position):
+        "Begin with the first update of photos that nobody had: another number of processes has other batches"
+        learn,ends = self.learn,np.cumsum([0, *self.dls.train.photos_in()]).tolist()
+        self.batch = ends.index(position) if position in ends else len(ends) - 1
+        learn.pct_train = (learn.epoch + self.batch/learn.n_iter)/learn.n_epoch
+        if position not in ends and not rank_distrib():
+            print(f"the last {ends[-1] - position} photos of this epoch are left out: they are too few for {self.dls.train.world_size} processes")
+
+
+def share_of(
+    ranks:list, # What each process had for itself: `Checkpoint.of_ranks`
+    rank:int, # Of this process
+    world_size:int, # Processes now
+) -> dict: # rng, at_train, counts
+    "What a process goes on with; one that was not there before draws numbers that nobody drew"
+    if len(ranks) == world_size: return ranks[rank]
+    own,(wrong,seen,sums) = dict(ranks[min(rank, len(ranks)-1)]),zip(*(r['counts'].values() for r in ranks))
+    total = dict(wrong=sum(wrong), seen=sum(seen), sums=[[sum(v) for v in zip(*m)] for m in zip(*sums)])
+    own['counts'] = total if not rank else dict(wrong=0, seen=0, sums=[[0, 0] for _ in total['sums']])     # they are summed over processes
+    if rank >= len(ranks):
+        torch.set_rng_state(own['rng']['torch'])
+        torch.manual_seed(int(torch.randint(1 << 62, ())) + rank)              # of GPUs, too
+        own['rng'] = dict(own['rng'], torch=torch.get_rng_state(), cuda=[])
+    return own
 
 
 def _net(learn): return getattr(learn.model, 'module', learn.model)        # inside PyTorch's wrapper for many processes

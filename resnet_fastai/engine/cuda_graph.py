@@ -20,7 +20,7 @@ from fastai.callback.core import (
 from fastai.callback.progress import ProgressCallback
 from fastai.imports import noop
 from fastai.learner import CastToTensor, Learner, Recorder
-from fastai.optimizer import Optimizer, average_grad, l2_reg, momentum_step
+from fastai.optimizer import Optimizer
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from .checkpoint import Checkpoint
 from .finite import FiniteLoss, LossError
+from .foreach import release_grads
 from .precision import Precision
 
 _roles = {TrainEvalCallback: 'replay', CastToTensor: 'capture', ProgressCallback: 'replay', Recorder: 'log', Precision: 'capture',
@@ -127,26 +128,6 @@ class TapeGraph:
                 if old.numel(): old.copy_(new)
 
 
-# --- The optimizer
-
-def foreach_step(
-    opt, # A fastai optimizer
-):
-    "`opt.step()` in a few kernels for all parameters, where it is SGD with momentum; the same numbers"
-    if list(opt.cbs) != [l2_reg, average_grad, momentum_step] or any(h.get('dampening') for h in opt.hypers): return opt.step()
-    for group, h in zip(opt.param_lists, opt.hypers):
-        ps = [p for p in group if p.grad is not None]
-        if not ps: continue
-        for p in ps:
-            if 'grad_avg' not in opt.state[p]: opt.state[p]['grad_avg'] = torch.zeros_like(p.grad)
-        values, grads, avgs = [p.data for p in ps], [p.grad.data for p in ps], [opt.state[p]['grad_avg'] for p in ps]
-        decays = [i for i, p in enumerate(ps) if opt.state[p].get('do_wd', True)] if h['wd'] else []
-        if decays: torch._foreach_add_([grads[i] for i in decays], [values[i] for i in decays], alpha=h['wd'])
-        torch._foreach_mul_(avgs, h['mom'])
-        torch._foreach_add_(avgs, grads)
-        torch._foreach_add_(values, avgs, alpha=-h['lr'])
-
-
 # --- Can it be?
 
 def _role(cb):
@@ -173,7 +154,6 @@ def why_not(
     if num_distrib() > 1: return "several processes train together"
     if getattr(learn, 'scaler', None): return "fp16 decides after each backward pass whether its gradients can be used"
     if hasattr(learn, 'accumulate') and bs != learn.accumulate.bs: return f"an update has {learn.accumulate.bs} photos, and a batch {bs}"
-    if any(getattr(m, '_compiled_call_impl', None) or hasattr(m, '_orig_mod') for m in learn.model.modules()): return "the network is compiled"
     if _hooked(learn.model): return "the network has hooks"
     if learn.recorder.train_metrics: return "the recorder computes metrics of the training batches"
     if not isinstance(learn.opt, Optimizer): return "the optimizer is none of fastai's"
@@ -263,7 +243,7 @@ class _Updates:
     def by_itself(self, i, b):
         "One batch as the learner does it: the first ones, and a last one that is smaller"
         self.flush()
-        if self.replays: self.learn.opt.zero_grad()                          # a replay leaves its gradients
+        if self.replays: release_grads(self.learn.opt)                       # a replay leaves its gradients
         self.replays, self.warm, self.known = 0, self.warm+1, self.tensors()
         with self.type.aside(self.device): self.own(i, self.make(*b) if self.make else b)
 
@@ -302,13 +282,13 @@ class _Updates:
 
     @contextmanager
     def stripped(self):
-        "A learner whose step is quick, whose gradients are made anew, and with those callbacks alone that belong into the graph"
+        "A learner whose gradients are made anew, and with those callbacks alone that belong into the graph"
         learn, cbs = self.learn, self.learn.cbs
-        learn.cbs, learn._step, learn.opt.zero_grad = L(self.captured), lambda: foreach_step(learn.opt), noop
+        learn.cbs, learn._release = L(self.captured), noop
         try: yield
         finally:
             learn.cbs, learn.loss_grad = cbs, None
-            del learn._step, learn.opt.zero_grad
+            del learn._release
             if hasattr(learn, 'accumulate'): learn.accumulate.count = 0
 
     def update(self):

@@ -21,6 +21,7 @@ _archives = ('.zip', '.tar.gz', '.tgz')
 def resolve_data(
     source:str|Path, # A folder, or an http(s) or file URL of a .zip, .tar.gz or .tgz, perhaps with #sha256=… at its end
     cache:str|Path|None=None, # Where archives are unpacked; None: fastai's data folder
+    find=None, # (folder, its archive's name) → the folder that is wanted; None: the one that holds train/
 ) -> Path: # The folder that holds train/
     "The local folder of the photos, fetched and unpacked if need be"
     if not isinstance(source, (str, os.PathLike)): raise DataError(f"data_path is {quote(source)}; pass a folder, or the URL of an archive")
@@ -34,11 +35,12 @@ def resolve_data(
     suffix = next((s for s in _archives if name.lower().endswith(s)), None)
     if suffix is None: raise DataError(f"{shown_url(url)} does not name an archive that can be unpacked ({', '.join(_archives)})")
     home = Path(cache or cache_folder())/f'{name[:-len(suffix)]}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}'
-    if not home.exists(): _fetch(url, suffix, home, sha256.lower())
-    return _find_train(home, shown_url(url))
+    find = find or _find_train
+    if not home.exists(): _fetch(url, suffix, home, sha256.lower(), find)
+    return find(home, shown_url(url))
 
 
-def _fetch(url, suffix, home, sha256):
+def _fetch(url, suffix, home, sha256, find):
     name = shown_url(url)
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix='.fetching-') as tmp:
@@ -47,7 +49,7 @@ def _fetch(url, suffix, home, sha256):
         if sha256 and found != sha256: raise DataError(f"{name} has the SHA-256 sum {found}, not {sha256}: another file, or damaged on the way")
         unpacked.mkdir()
         _unpack(archive, unpacked, name)
-        _find_train(unpacked, name)
+        find(unpacked, name)
         try: unpacked.rename(home)
         except OSError:
             if not home.exists(): raise         # another process got there first: theirs is as good

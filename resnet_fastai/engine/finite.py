@@ -3,6 +3,7 @@ import torch
 from fastai.callback.core import Callback
 
 from .files import DataError
+from .foreach import to_host
 
 
 class LossError(DataError): "A loss that is infinite or not a number"
@@ -21,17 +22,19 @@ def batch_names(
 
 class FiniteLoss(Callback):
     "Stop before an update whose loss is infinite or not a number, and name its photos"
-    order = -20                                             # before any other callback takes the loss for one
+    order = -20                                             # before any other callback takes the loss, or the gradients, for numbers
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')        # lr_find drives it there on purpose
     def before_epoch(self): self.fitting = False
     def before_train(self): self.fitting = True
 
-    def before_backward(self): self._check()
+    def before_backward(self): self.loss_here = to_host(self.loss)
+    def after_backward(self): self._check(self.loss_here())           # a GPU has its gradients to do while the processor waits for the loss
     def after_batch(self):
-        if self.fitting and not self.training: self._check()
+        if self.fitting and not self.training: self._check(self.loss)
 
-    def _check(self):
-        if not torch.isfinite(self.loss): raise LossError(self.say(f'the loss is {self.loss.item()}'))
+    def _check(self, loss):
+        self.learn.loss = loss                                       # on the processor: the recorder need not wait once more, for the update
+        if not torch.isfinite(loss): raise LossError(self.say(f'the loss is {loss.item()}'))
 
     def say(self,
         what:str, # What is wrong

@@ -4,6 +4,7 @@ import time
 import matplotlib.pyplot as plt
 import pandas as pd
 from fastai.callback.core import Callback
+from fastai.torch_core import num_distrib
 
 
 class History(Callback):
@@ -48,7 +49,9 @@ class History(Callback):
         values = {name: float('nan' if v is None else v) for name,v in zip(rec.metric_names[1:], rec.values[-1])}
         lr = (rec.lrs or [self.opt.hypers[-1]['lr']])[-1]
         row = dict(epoch=len(self.rows), **values, lr=float(lr), seconds=time.perf_counter() - self.start)
-        self.rows.append(row | (dict(train_error=int(self.wrong)/self.seen) if self.seen else {}))
+        row |= dict(train_error=int(self.wrong)/self.seen) if self.seen else {}
+        many = num_distrib() > 1 or any('processes' in r for r in self.rows)                 # at the end of the epoch
+        self.rows.append(row | (dict(processes=max(num_distrib(), 1)) if many else {}))
         self.kept,self.smooth = {n: list(getattr(rec, n)) for n in self.lists},(rec.smooth_loss.count, rec.smooth_loss.val)
 
     def after_replays(self, iters, losses, wrong, seen):

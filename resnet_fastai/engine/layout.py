@@ -132,10 +132,15 @@ def _new_folder(dest):
 def _finish(tmp, dest, labels, encoding):
     write_json(tmp/'labels.json', labels)
     write_json(tmp/'encoding.json', encoding)
+    _settle(tmp, dest)
+    return DataPaths(dest, dest/'labels.json', dest/'encoding.json')
+
+
+def _settle(tmp, dest):
+    "Put a finished folder in its place"
     tmp.chmod(0o777 & ~_umask())
     with suppress(OSError): dest.rmdir()                              # an empty one, which Windows does not replace
     tmp.replace(dest)
-    return DataPaths(dest, dest/'labels.json', dest/'encoding.json')
 
 
 def link_photo(src, dest):

@@ -12,6 +12,7 @@ import pandas as pd
 from ..engine.convert import PhotoFinder, Row, draw_splits, lay_out
 from ..engine.files import DataError
 from ..engine.layout import DataPaths, photo_suffixes
+from ..engine.stratified import lay_out_heap, name_keys
 
 __all__ = ['read_table', 'find_columns', 'from_csv']
 
@@ -133,11 +134,12 @@ def find_columns(
     fn_col: int|str|None = None, # Column of the photos' names; None: found
     label_col: int|str|None = None, # Column of the labels; None: found
     valid_col: int|str|None = None, # Column that picks the validation photos; None: found, if there is one
+    group: str|None = None, # Column of the groups, which holds no labels
 ) -> tuple: # Names of the columns: photo, label, split (None where there is none)
     "Which column is which; a `DataError` that names the candidates where that is not clear"
     photo = photo_column(table, csv) if fn_col is None else _pick(table, fn_col, csv)
     split = _split_column(table, photo) if valid_col is None else _pick(table, valid_col, csv)
-    label = _label_column(table, photo, split, csv) if label_col is None else _pick(table, label_col, csv)
+    label = _label_column(table.drop(columns=group or []), photo, split, csv) if label_col is None else _pick(table, label_col, csv)
     if label_col is None: _check_labels(table[label].str.strip(), label, csv)
     return photo, label, split
 
@@ -205,6 +207,15 @@ def _once(csv, table, names, labels, splits) -> list:
     return list(first.values())
 
 
+def _group_keys(csv, table, group, column, names) -> list|None:
+    "A key for each row: what its column says, or what a regular expression finds in its name"
+    if group is None: return None
+    if column is None: return name_keys(names, group, csv)
+    found = [k.strip() or None for k in table[column]]
+    if not any(found): raise DataError(f"{csv} has an empty column {column!r}; name another with group=")
+    return found
+
+
 def from_csv(
     csv: str|Path, # A CSV with a header: fname,label and perhaps is_valid or split
     dest: str|Path, # A new folder
@@ -212,23 +223,42 @@ def from_csv(
     fn_col: int|str|None = None, # Column of the names; None: found by what is in it, and by its name
     label_col: int|str|None = None, # Column of the labels; None: the one called label, class, category, target …
     valid_col: int|str|None = None, # Column of the splits: True/False, 1/0, train/val/test; None: is_valid or split where it is there
-    valid_pct: float = .2, # Share of validation photos where no column picks them
+    valid_pct: float = .2, # Share of validation photos where no column picks them, and none of the last four is given
     seed: int = 42, # The same seed picks the same rows
     suffix: str = '', # Added to each name, like '.jpg'
-) -> DataPaths: # dest and its two JSON files
+    val: float|None = None, # Share of validation photos, drawn class by class, copies kept together; None: valid_pct of all, at random
+    test: float = 0, # Share of test photos, drawn likewise; 0: none
+    group: str|None = None, # A column, or a regular expression on the names: photos of one group stay in one split
+    folds: int|None = None, # So many layouts in dest, `fold1` and so on, for a cross-validation
+) -> DataPaths|list: # dest and its two JSON files; with `folds` one a fold
     "Turn a folder of photos and a CSV into this project's layout, linking the photos where possible; both are left as they are"
-    csv, dest = Path(csv), Path(dest)
-    folder, table = csv.parent if folder is None else Path(folder), read_table(csv)
-    photo, label, split = find_columns(table, csv, fn_col, label_col, valid_col)
+    csv, dest, heap = Path(csv), Path(dest), any(o not in (None, 0) for o in (val, test, group, folds))
+    rows, keys, used = _csv_rows(csv, csv.parent if folder is None else Path(folder), fn_col, label_col, valid_col, suffix, group)
+    ready = any(r.split == 'val' for r in rows)
+    if ready and heap: raise DataError(f"{csv} says which photos are for validation, in the column {used[2]!r}; leave out val=, test=, group= and folds=, "
+                                       "or the column")
+    if heap: return lay_out_heap(rows, csv, dest, .2 if val is None else val, test, seed, keys, folds)
+    if not ready: rows = draw_splits(rows, csv, valid_pct, seed)
+    if {_plain(c) for c in used[:2]} != {'fname', 'label'}: _say_columns(csv, *used)
+    return lay_out(rows, csv, dest)
+
+
+def _say_columns(csv, photo, label, split):
+    print(f"{csv.name}: photos by {photo!r}, labels by {label!r}, " + (f'splits by {split!r}' if split else 'validation photos drawn'))
+
+
+def _csv_rows(csv, folder, fn_col, label_col, valid_col, suffix, group) -> tuple:
+    "(rows, the key of each one's group, the names of the columns)"
+    table = read_table(csv)
+    column = group if isinstance(group, str) and group in table.columns else None
+    photo, label, split = used = find_columns(table, csv, fn_col, label_col, valid_col, column)
     names, labels = _names(csv, table, table[photo], folder, suffix), table[label].str.strip().tolist()
     splits = ['train']*len(names) if split is None else _row_splits(csv, table, table[split])
     _refuse(csv, table, np.array([not l and s != 'test' for l, s in zip(labels, splits)]), 'has no label for a photo', 'label it or remove the row')
     keep = _once(csv, table, names, labels, splits)
+    keys = _group_keys(csv, table, group, column, names)
     rows = [Row(n, f, labels[i], splits[i]) for i, n, f in zip(keep, pick(names, keep), _found(csv, pick(names, keep), folder))]
-    if split is None or 'val' not in splits: rows = draw_splits(rows, csv, valid_pct, seed)
-    if {_plain(photo), _plain(label)} != {'fname', 'label'}:
-        print(f"{csv.name}: photos by {photo!r}, labels by {label!r}, " + (f'splits by {split!r}' if split else 'validation photos drawn'))
-    return lay_out(rows, csv, dest)
+    return rows, None if keys is None else pick(keys, keep), used
 
 
 def pick(values: list, places: list) -> list: return [values[i] for i in places]
