@@ -24,6 +24,7 @@ from fastcore.meta import delegates
 from . import inference
 from .data import resnet_dls
 from .engine import fine_tuning
+from .engine.calibration import check_min_prob, tempered
 from .engine.distributed import distribute
 from .engine.files import DataError, PhotoError
 from .engine.weight_sources import read_weights
@@ -31,6 +32,7 @@ from .inference import predict_probs
 from .practice import protocol, share
 from .practice.look import require_trained, top_labels
 from .practice.methods import Practice
+from .practice.trust import remark
 from .training import Checkpoint, resnet_learner
 
 # %% ../nbs/06_core.ipynb #ee390535
@@ -120,6 +122,7 @@ def _trained_by(self:ResNet, way, restore_best, **kwargs):
         "model.on(data_path, label_path, label_encoding) makes one that starts from its weights")
     with _one_line_errors(): fine_tuning.keeping_best(self.learn, way, restore_best, **kwargs)
     protocol.remark(self.learn)
+    remark(self)
     return self.history
 
 # %% ../nbs/06_core.ipynb #02c1f57b
@@ -165,26 +168,31 @@ def train(
 @patch
 def predict(self:ResNet,
     image, # A photo (path, URL, bytes, PIL image, array), a list of these, or a folder
+    temperature:float|None=None, # 1: as the network says; None: as `calibrate` has found
     **kwargs, # For `predict_probs`: protocol, scales, lighting, bs, precision
 ) -> np.ndarray: # (n_out,) float32 that sums to 1; for a list or folder a row each
     "The probabilities of a photo, averaged over 50 crops, or as `choose_protocol` has chosen"
     t = require_trained(self)
-    return predict_probs(t.net, image, t.stats, t.size, **dict(protocol=t.protocol) | kwargs)
+    probs = predict_probs(t.net, image, t.stats, t.size, **dict(protocol=t.protocol) | kwargs)
+    return tempered(probs, t.temperature if temperature is None else temperature)
 
 @patch
 def predict_n(self:ResNet,
     image, # What `predict` takes
     n:int|None=None, # How many labels; None: five, or as many as the model knows
-    **kwargs, # For `predict_probs`
-) -> list: # [(label, probability)], most likely first; for a list or folder one such list each
+    min_prob:float|None=None, # Less is "not sure"; None: as `threshold` has found; 0: always answer
+    **kwargs, # For `predict`
+) -> list: # [(label, probability)], likeliest first, [] if not sure; for several photos a list each
     "The n most likely labels of a photo"
     known = len(self.labels)
     n = min(5, known) if n is None else n
     if type(n) is not int or not 1 <= n <= known:
         raise DataError(f"n is {n!r}; this model knows {known} labels: pass 1 to {known}")
+    least = check_min_prob((self.min_prob or 0) if min_prob is None else min_prob)
     probs = self.predict(image, **kwargs)
-    if probs.ndim == 1: return top_labels(probs, self.labels, n)
-    return [top_labels(p, self.labels, n) for p in probs]
+    best = [top_labels(p, self.labels, n) for p in np.atleast_2d(probs)]
+    sure = [top if top[0][1] >= least else [] for top in best]
+    return sure[0] if probs.ndim == 1 else sure
 
 # %% ../nbs/06_core.ipynb #28b49e7d
 @patch

@@ -87,12 +87,22 @@ def test_what_is_no_photo_is_said_by_its_name_alone(case, model, photo, tmp_path
     assert found.error in shown.text and 'b' not in shown.tags
 
 
-@pytest.mark.parametrize('asked,own,found', [
-    (None, {}, 0), (.3, {}, .3), (.3, dict(min_prob=.8), .3), (None, dict(min_prob=.8), .8), (None, dict(threshold=.7), .7),
-    (None, dict(threshold=lambda precision: .9), 0), (0., dict(min_prob=.8), 0), (None, dict(min_prob=None), 0), (1, {}, 1)])
+@pytest.mark.parametrize('asked,own,found', [(None, None, 0), (.3, None, .3), (.3, .8, .3), (None, .8, .8), (0., .8, 0), (1, None, 1)])
 def test_whose_threshold(asked, own, found):
-    "The user's before the model's; a method is no number"
-    assert known_threshold(type('Model', (), own), asked) == found
+    "The user's before the model's"
+    assert known_threshold(type('Model', (), dict(min_prob=own)), asked) == found
+
+
+def test_a_calibrated_model_keeps_its_temperature_and_threshold_here(photo):
+    "As `calibrate` and `threshold` leave them in a saved model"
+    plain, entry = made(), dict(protocol='50crop', epochs=1)
+    model = ResNet._from(plain.trained._replace(trust=dict(calibration=entry | dict(temperature=3.), threshold=entry | dict(min_prob=.99))), 'cpu')
+    least, answer, before = known_threshold(model), ask(model, photo, known_threshold(model)), ask(plain, photo)
+    softer = before.probs**(1/3)
+    assert least == .99 and not answer.sure and 'from 99% on' in verdict(answer, least)
+    np.testing.assert_allclose(answer.probs, softer/softer.sum(), rtol=1e-3)
+    assert 'their mean, calibrated, is the answer' in votes_html(votes(model, answer), answer, model.trained.temperature)
+    assert 'their mean is the answer' in votes_html(votes(plain, before), before, plain.trained.temperature)
 
 
 @pytest.mark.parametrize('bad', [-.1, 1.5, float('nan')])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 from fastai.learner import Learner
 
+from .calibration import in_effect
 from .fetch import resolve_data
 from .files import DataError
 from .layout import PhotoList, split_photos
@@ -12,12 +13,14 @@ from .layout import PhotoList, split_photos
 
 def model_parts(
     model, # A learner over `resnet_dls`, or a `ResNet`
-) -> SimpleNamespace: # net, stats, size, labels, protocol; dls: the learner's photos, None for a loaded model
+) -> SimpleNamespace: # net, stats, size, labels, protocol, temperature, min_prob; dls: the learner's photos, None for a loaded model
     "What predictions need of a model"
     learn = model if isinstance(model, Learner) else getattr(model, 'learn', None)
     of, dls, net = (model, None, model.net) if learn is None else (learn.dls, learn.dls, learn.model)
-    protocol = getattr(model if learn is None else learn, 'protocol', '50crop')
-    return SimpleNamespace(net=net, stats=of.stats, size=of.size, labels=of.labels, dls=dls, protocol=protocol)
+    has = model if learn is None else learn
+    protocol, past = getattr(has, 'protocol', '50crop'), getattr(has, 'history', ())
+    temperature, min_prob = in_effect(getattr(has, 'trust', {}), protocol, len(getattr(past, 'rows', past)))
+    return SimpleNamespace(net=net, stats=of.stats, size=of.size, labels=of.labels, dls=dls, protocol=protocol, temperature=temperature, min_prob=min_prob)
 
 
 def labelled_split(

@@ -60,11 +60,10 @@ def known_threshold(
     asked: float|None=None, # The user's own; None: the model's
 ) -> float: # 0 where nobody has set one
     "The probability below which the page says \"not sure\""
-    for value in (asked, *(getattr(model, name, None) for name in ('min_prob', 'threshold'))):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if 0 <= value <= 1: return float(value)
-            raise DataError(f"the probability below which the page is not sure is {value!r}; it must be from 0 to 1")
-    return 0.
+    least = model.min_prob if asked is None else asked
+    if least is None: return 0.
+    if not 0 <= least <= 1: raise DataError(f"the probability below which the page is not sure is {least!r}; it must be from 0 to 1")
+    return float(least)
 
 
 def ask(
@@ -121,12 +120,13 @@ def write_csv(
     answers: list, # Of `Answer`
     labels, # The model's `LabelMap`
     folder: str|Path, # Where predictions.csv goes
+    least: float=0, # Below this probability the page is not sure
 ) -> Path:
     "The same table that `resnet-fastai predict --csv` writes"
-    known, n = (list(labels.encoding), np.array(list(labels.encoding.values()))), min(5, len(labels))
-    rows = [_row(a.name, DataError(a.error) if a.error else a.probs[None], known, n) for a in answers]
+    known, how = (list(labels.encoding), np.array(list(labels.encoding.values()))), (min(5, len(labels)), least or None)
+    rows = [_row(a.name, DataError(a.error) if a.error else a.probs[None], known, *how) for a in answers]
     path = Path(folder)/'predictions.csv'
-    path.write_bytes(b''.join(map(_line, [_columns(n), *rows])))
+    path.write_bytes(b''.join(map(_line, [_columns(*how), *rows])))
     return path
 
 
@@ -206,12 +206,13 @@ def _scale(side, some):
 def votes_html(
     found: list, # Of `Vote`
     answer: Answer, # About the same photo
+    temperature: float=1, # Of the model
 ) -> str:
     "The crops in rows, a scale a row: framed in blue where they agree with the photo's label, in orange where not"
     if not found: return '<p class="rf-note">This model reads whole photos, every window of them, so there are no crops to show.</p>'
     label, p = answer.best[0]
-    sides = list(dict.fromkeys(v.side for v in found))
-    head = (f'<p>{sum(v.agrees for v in found)} of {len(found)} crops say <b>{_say(label)}</b>; their mean is the answer, {p:.1%}. '
+    sides, calibrated = list(dict.fromkeys(v.side for v in found)), '' if temperature == 1 else ', calibrated,'
+    head = (f'<p>{sum(v.agrees for v in found)} of {len(found)} crops say <b>{_say(label)}</b>; their mean{calibrated} is the answer, {p:.1%}. '
             '<span class="rf-key rf-yes">agrees</span> <span class="rf-key rf-no">does not</span></p>')
     return f'<section class="rf-votes">{head}{"".join(_scale(s, [v for v in found if v.side == s]) for s in sides)}</section>'
 
@@ -385,7 +386,7 @@ class Page:
     def _all(self, answers):
         "Show the first answer, and the way to the others"
         gr, several = self.gr, len(answers) > 1
-        csv = str(write_csv(answers, self.model.labels, tempfile.mkdtemp(dir=self.folder))) if several else None
+        csv = str(write_csv(answers, self.model.labels, tempfile.mkdtemp(dir=self.folder), self.least)) if several else None
         thumbs = [_thumbnail(a) for a in answers] if several else []
         yield {self.drop: None, self.found: [answers, 0], self.verdict: verdict(answers[0], self.least),
                self.more: gr.update(visible=False), self.csv: gr.update(value=csv, visible=several), self.many: gr.update(value=thumbs, visible=several)}
@@ -403,7 +404,7 @@ class Page:
         label = answer.best[0][0]
         yield {self.more: self.gr.update(visible=True), self.label: str(label), self.heat: heat_html(*heat(self.model, answer), label),
                self.votes: '<p class="rf-note">The crops are read …</p>'}
-        yield {self.votes: votes_html(votes(self.model, answer), answer)}
+        yield {self.votes: votes_html(votes(self.model, answer), answer, self.model.trained.temperature)}
 
     def evidence(self, found, label):
         "The heat map of another label"

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..augment import PhotoNormalize, resize_short
 from ..data import LabelMap
+from ..engine.calibration import tempered
 from ..engine.files import DataError
 from ..engine.layout import photo_inputs, splits
 from ..engine.photo import open_photo
@@ -92,7 +93,7 @@ def show_prediction(
     if type(n) is not int or n < 1: raise DataError(f"n is {n!r}; it must be a whole number from 1 on")
     if len(photos) > most: raise DataError(f"{len(photos):,} photos do not fit into a picture; show {most} of them, or let predict_folder "
                                            "write a table")
-    probs = predict_probs(t.net, list(photos), t.stats, t.size, t.protocol)
+    probs = tempered(predict_probs(t.net, list(photos), t.stats, t.size, t.protocol), t.temperature)
     cols, rows, height = min(2, len(photos)), -(-len(photos)//2), max(1.3, .5 + .22*min(n, len(t.labels)))
     fig,axs = plt.subplots(rows, 2*cols, figsize=(3.6*cols, rows*height), squeeze=False, layout='constrained')
     for ax in axs.flat[2*len(photos):]: ax.axis('off')
@@ -201,7 +202,8 @@ def show_cam(
     "Draw where in a photo the evidence for a label lies"
     t, img = require_trained(model), open_photo(photo)
     if label is not None and label not in [*t.labels.encoding]: raise _unknown('label', label, t.labels.encoding)
-    probs, small = predict_probs(t.net, img, t.stats, t.size, t.protocol), resize_short(img, t.size)
+    probs = tempered(predict_probs(t.net, img, t.stats, t.size, t.protocol), t.temperature)
+    small = resize_short(img, t.size)
     if label is None: label = top_labels(probs, t.labels, 1)[0][0]
     heat, p = _heat(t, small, label), probs[t.labels.encoding[label]]
     fig,axs = plt.subplots(1, 2, figsize=(6.6, min(5, .6 + max(1, 2.9*small.height/small.width))), layout='constrained')

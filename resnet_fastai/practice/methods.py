@@ -4,11 +4,12 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from fastai.interpret import ClassificationInterpretation
 from fastcore.meta import delegates
 
-from . import look, predict_folder as folders, protocol, share
+from . import embed as vectors, look, predict_folder as folders, protocol, share, suspects as suspecting, trust as trusting
 
 
 class Practice:
@@ -20,7 +21,9 @@ class Practice:
         **kwargs
     ) -> pd.DataFrame: # A row a protocol, the choice first: error, its interval, log loss, crops
         "Measure protocols on the validation photos; predictions follow the best, also in a saved model"
-        return protocol.choose_protocol(self, protocols, **kwargs)
+        found = protocol.choose_protocol(self, protocols, **kwargs)
+        trusting.remark(self)
+        return found
 
     @delegates(folders.predict_folder)
     def predict_folder(self,
@@ -29,6 +32,91 @@ class Practice:
     ) -> pd.DataFrame: # id, label_1, prob_1, …, error
         "The likeliest labels of every photo, in a table that an interrupted run goes on with"
         return folders.predict_folder(self, photos, **kwargs)
+
+    # ── Can it be trusted?
+
+    @property
+    def trust(self):
+        "What `calibrate` and `threshold` have measured, as config.json keeps it"
+        return self.trained.trust
+    @trust.setter
+    def trust(self, measured):
+        if self.learn: self.learn.trust = measured
+        else: self._loaded = self._loaded._replace(trust=measured)
+
+    @property
+    def temperature(self):
+        "Predictions are `tempered` by it; 1: they are as the network says"
+        return self.trained.temperature
+    @temperature.setter
+    def temperature(self, value): trusting.set_temperature(self, value)
+
+    @property
+    def min_prob(self):
+        "The probability below which `predict_n` and `predict_folder` are not sure; None: they always answer"
+        return self.trained.min_prob
+    @min_prob.setter
+    def min_prob(self, value): trusting.set_min_prob(self, value)
+
+    @delegates(trusting.calibrate)
+    def calibrate(self,
+        split:str='val', # Photos that training has not learned from
+        **kwargs
+    ) -> pd.DataFrame: # 'before' and 'after': temperature, log_loss, ece, confidence, top1_error, photos
+        "Fit one temperature to the validation photos; predictions follow, also in a saved model; `temperature = 1` undoes it"
+        return trusting.calibrate(self, split, **kwargs)
+
+    @delegates(trusting.threshold)
+    def threshold(self,
+        precision:float=.95, # Share of the answers that has to be right, 0 to 1
+        **kwargs
+    ) -> pd.Series: # min_prob, precision with its 95 % interval, coverage (share of photos that are answered) with its own, photos
+        "Find the probability below which it should say \"not sure\"; predictions follow, also in a saved model; `min_prob = None` undoes it"
+        return trusting.threshold(self, precision, **kwargs)
+
+    @delegates(trusting.show_calibration)
+    def show_calibration(self,
+        split:str='val', # Whose photos: 'test' is the honest one after `calibrate`, which has seen the labels of 'val'
+        **kwargs
+    ) -> plt.Figure: # Left as the network says it, right at the model's temperature
+        "Reliability diagrams: does what is said with 80 % come true four times of five?"
+        return trusting.show_calibration(self, split, **kwargs)
+
+    @delegates(trusting.show_threshold)
+    def show_threshold(self,
+        split:str='val', # Whose photos
+        **kwargs
+    ) -> plt.Figure: # Precision and coverage against the threshold
+        "What each threshold costs: how many answers are right, and how many photos still get one"
+        return trusting.show_threshold(self, split, **kwargs)
+
+    @delegates(suspecting.suspects)
+    def suspects(self,
+        split:str='val', # The photos to judge: not those that the model has learned from
+        **kwargs
+    ) -> pd.DataFrame: # photo, label, suggested, quality (0 to 1: how well the label fits), suspicious (bool); the worst first
+        "Rank photos by how little their label fits, and mark those whose label is probably wrong; needs cleanlab"
+        return suspecting.suspects(self, split, **kwargs)
+
+    # ── Photos as vectors
+
+    @delegates(vectors.embed)
+    def embed(self,
+        photos, # What `predict` takes
+        **kwargs
+    ) -> np.ndarray: # (features,) float32, 2048 of a ResNet-50; for a list or folder a row each
+        "The features that the head reads: of the central crop, or the mean over a protocol's crops"
+        return vectors.embed(self, photos, **kwargs)
+
+    @delegates(vectors.similar)
+    def similar(self,
+        photo, # A path, URL, bytes, PIL image or array
+        photos, # A folder, or a list of photos
+        n:int=5, # How many
+        **kwargs
+    ) -> pd.DataFrame: # photo (its path, or its place in the list), similarity, label where photos know theirs; the most similar first
+        "The photos whose features point the same way, by cosine similarity"
+        return vectors.similar(self, photo, photos, n, **kwargs)
 
     # ── Pictures
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
+from ..engine.calibration import check_min_prob, tempered
 from ..engine.fast_net import _bare, weights_hash
 from ..engine.files import DataError, PhotoError, atomic_write, quote, write_json
 from ..engine.layout import list_photos, PhotoList
@@ -100,37 +101,39 @@ class ResumableCSV:
             return Counter(_as_it_was(row[0]) for i,row in enumerate(csv.reader(f)) if i)
 
 
-def _columns(n): return ['id', *(f'{what}_{i}' for i in range(1, n+1) for what in ('label', 'prob')), 'error']
+def _columns(n, min_prob=None):
+    return ['id', *(f'{what}_{i}' for i in range(1, n+1) for what in ('label', 'prob')), *['sure']*(min_prob is not None), 'error']
 
 
-def _row(name, probs, known, n):
+def _row(name, probs, known, n, min_prob=None):
     "A row of the table: a photo's likeliest labels, or why there are none"
-    if isinstance(probs, Exception): return [name, *['']*(2*n), str(probs)]
+    if isinstance(probs, Exception): return [name, *['']*(2*n + (min_prob is not None)), str(probs)]
     labels,index = known
     best = np.argsort(-probs[0][index], kind='stable')[:n]
-    return [name, *chain(*((labels[i], str(probs[0][index[i]])) for i in best)), '']
+    sure = [] if min_prob is None else ['yes' if probs[0][index[best[0]]] >= min_prob else 'no']
+    return [name, *chain(*((labels[i], str(probs[0][index[i]])) for i in best)), *sure, '']
 
 
-def _table(rows, n):
+def _table(rows, n, min_prob=None):
     "A frame of rows, or of a CSV file of them (whole, or an iterator over parts)"
     floats = {f'prob_{i}': 'float32' for i in range(1, n+1)}
     if not isinstance(rows, list):
-        frame = pd.read_csv(rows, dtype={c: floats.get(c, object) for c in _columns(n)}, na_values={c: [''] for c in floats},
+        frame = pd.read_csv(rows, dtype={c: floats.get(c, object) for c in _columns(n, min_prob)}, na_values={c: [''] for c in floats},
                             keep_default_na=False, encoding_errors='surrogateescape')
         texts = {c: pd.Series([_as_it_was(v) for v in frame[c]], dtype=object) for c in frame if c not in floats}
         return frame.assign(**texts)                                          # pyarrow's strings refuse names that are not UTF-8
-    frame = pd.DataFrame(rows, columns=_columns(n), dtype=object)             # pyarrow's strings refuse names that are not UTF-8
+    frame = pd.DataFrame(rows, columns=_columns(n, min_prob), dtype=object)             # pyarrow's strings refuse names that are not UTF-8
     return frame.assign(**{c: pd.to_numeric(frame[c]).astype('float32') for c in floats})
 
 
-def _write_parquet(rows, dest, n, block=10_000):
+def _write_parquet(rows, dest, n, min_prob=None, block=10_000):
     "A Parquet file of a CSV file, some rows at a time"
     import pyarrow as pa, pyarrow.parquet as pq
-    schema = pa.schema([(c, pa.float32() if c.startswith('prob_') else pa.string()) for c in _columns(n)])
+    schema = pa.schema([(c, pa.float32() if c.startswith('prob_') else pa.string()) for c in _columns(n, min_prob)])
     with atomic_write(dest) as part, pq.ParquetWriter(part, schema) as out, open(rows, encoding='utf-8', errors='backslashreplace', newline='') as f:
         reader, _ = (r := csv.reader(f)), next(r)
         while some := [[*map(_as_it_was, row)] for _,row in zip(range(block), reader)]:
-            out.write_table(pa.Table.from_pandas(_table(some, n), schema, preserve_index=False))
+            out.write_table(pa.Table.from_pandas(_table(some, n, min_prob), schema, preserve_index=False))
 
 
 def _named_photos(photos):
@@ -148,10 +151,11 @@ def _named_photos(photos):
     return photos, str, None if all(map(os.path.isabs, texts)) else os.getcwd()
 
 
-def _origin(parts, n, protocol, folder):
+def _origin(parts, n, protocol, folder, min_prob=None):
     "What the rows of a file depend on, as JSON holds it"
     labels = hashlib.sha256(json.dumps([sorted(parts.labels.encoding.items()), parts.stats.as_dict(), parts.size]).encode()).hexdigest()
-    return {'model': [weights_hash(_bare(parts.net)), labels], 'n': n, 'protocol': protocol, 'folder': folder}
+    return {'model': [weights_hash(_bare(parts.net)), labels], 'n': n, 'protocol': protocol, 'folder': folder,
+            'temperature': None if parts.temperature == 1 else parts.temperature, 'min_prob': min_prob}
 
 
 def predict_folder(
@@ -163,7 +167,8 @@ def predict_folder(
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
     num_workers:int|None=None, # Threads that decode photos; None: one a core
     bs:int|None=None, # Crops that go through the network at a time; None: as many as suit the hardware
-) -> pd.DataFrame: # id, label_1, prob_1, …, error: why a photo cannot be read, '' for the others
+    min_prob:float|None=None, # A first label that is less probable is not sure; None: as the model's `threshold` has found
+) -> pd.DataFrame: # id, label_1, prob_1, …, sure ('yes' or 'no', where there is a threshold), error: why a photo cannot be read, '' for the others
     "The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too)"
     parts = model_parts(model)
     protocol = protocol or parts.protocol
@@ -175,13 +180,14 @@ def predict_folder(
     untrained = isinstance(history := getattr(model, 'history', None), pd.DataFrame) and history.empty
     if untrained and 'origin' not in getattr(getattr(model, 'trained', None), 'training', {}):
         raise DataError("this model has not been trained; call fit() first, or load a saved model")
+    min_prob = parts.min_prob if min_prob is None else check_min_prob(min_prob)
     photos,name,folder = _named_photos(photos)
-    rows = _open_rows(dest, n, _origin(parts, n, protocol, folder)) if dest is not None else None
+    rows = _open_rows(dest, n, _origin(parts, n, protocol, folder, min_prob), min_prob) if dest is not None else None
     todo = _left(photos, name, rows.ids() if rows else Counter())
-    some = _work(parts, photos, todo, name, n, (protocol, precision, num_workers, bs), rows) if todo else []
-    if rows is None: return _table(some, n)
-    if str(dest).endswith('.parquet') and not _newer(dest, rows.dest): _write_parquet(rows.dest, dest, n)
-    return _table(rows.dest, n)
+    some = _work(parts, photos, todo, name, (n, min_prob), (protocol, precision, num_workers, bs), rows) if todo else []
+    if rows is None: return _table(some, n, min_prob)
+    if str(dest).endswith('.parquet') and not _newer(dest, rows.dest): _write_parquet(rows.dest, dest, n, min_prob)
+    return _table(rows.dest, n, min_prob)
 
 
 def _left(photos, name, done):
@@ -197,18 +203,18 @@ def _left(photos, name, done):
 def _newer(a, b): return os.path.exists(a) and os.stat(a).st_mtime_ns > os.stat(b).st_mtime_ns
 
 
-def _open_rows(dest, n, what):
+def _open_rows(dest, n, what, min_prob=None):
     suffix = Path(dest).suffix
     if suffix not in ('.csv', '.parquet'): raise DataError(f"{dest} ends in neither .csv nor .parquet")
-    if suffix == '.csv': return ResumableCSV(dest, _columns(n), what)
+    if suffix == '.csv': return ResumableCSV(dest, _columns(n, min_prob), what)
     if importlib.util.find_spec('pyarrow') is None:
         raise DataError(f"{dest}: Parquet files need pyarrow; install it (pip install pyarrow), or name a .csv file")
     if Path(dest).exists() and not Path(f'{dest}.csv').exists():
         raise DataError(f"{dest} exists and is not ours to go on with; name another file, or move it away")
-    return ResumableCSV(f'{dest}.csv', _columns(n), what)
+    return ResumableCSV(f'{dest}.csv', _columns(n, min_prob), what)
 
 
-def _work(parts, photos, todo, name, n, how, rows, block=200, seconds=20):
+def _work(parts, photos, todo, name, shown, how, rows, block=200, seconds=20):
     "Ask about photos; give their rows to `rows` in blocks, or return them"
     protocol, precision, num_workers, bs = how
     known = (list(parts.labels.encoding), np.array(list(parts.labels.encoding.values())))
@@ -217,7 +223,8 @@ def _work(parts, photos, todo, name, n, how, rows, block=200, seconds=20):
     saved = start
     try:
         for k,(probs,i) in enumerate(zip(bar, todo), 1):                        # the bar first: it is to see its end
-            some.append(_row(name(photos[i]), probs, known, n))
+            if not isinstance(probs, Exception): probs = tempered(probs, parts.temperature)
+            some.append(_row(name(photos[i]), probs, known, *shown))
             bar.comment = f'{k/(time.perf_counter() - start):.1f} photos/s'
             if rows and (len(some) >= block or time.perf_counter() - saved > seconds): some, full, saved = [], some, time.perf_counter(); rows.add(full)
     finally:
