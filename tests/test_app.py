@@ -96,7 +96,8 @@ def test_whose_threshold(asked, own, found):
 def test_a_calibrated_model_keeps_its_temperature_and_threshold_here(photo):
     "As `calibrate` and `threshold` leave them in a saved model"
     plain, entry = made(), dict(protocol='50crop', epochs=1)
-    model = ResNet._from(plain.trained._replace(trust=dict(calibration=entry | dict(temperature=3.), threshold=entry | dict(min_prob=.99))), 'cpu')
+    trust = dict(calibration=entry | dict(temperature=3.), threshold=entry | dict(min_prob=.99, temperature=3.))
+    model = ResNet._from(plain.trained._replace(trust=trust), 'cpu')
     least, answer, before = known_threshold(model), ask(model, photo, known_threshold(model)), ask(plain, photo)
     softer = before.probs**(1/3)
     assert least == .99 and not answer.sure and 'from 99% on' in verdict(answer, least)

@@ -350,7 +350,8 @@ class Page:
                 self.votes = gr.HTML(elem_id='votes')
 
     def _events(self):
-        how = dict(concurrency_id='model', concurrency_limit=1, api_visibility='private', show_progress='minimal')
+        how = dict(concurrency_id='model', concurrency_limit=1, api_visibility='private', show_progress='minimal',
+                   trigger_mode='multiple')                                     # a click while it works waits for its turn
         shown = [self.drop, self.found, self.verdict, self.many, self.csv, self.more, self.label, self.heat, self.votes]
         work = [self.drop.upload(self.read, self.drop, shown, show_progress_on=self.verdict, **how)]
         def pick(found, event: self.gr.SelectData): yield from self.select(found, event.index)          # Gradio knows the event by its type
