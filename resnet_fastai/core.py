@@ -26,7 +26,7 @@ from .data import resnet_dls
 from .engine import fine_tuning
 from .engine.calibration import check_min_prob, tempered
 from .engine.distributed import distribute
-from .engine.files import DataError, PhotoError
+from .engine.files import DataError
 from .engine.weight_sources import read_weights
 from .inference import predict_probs
 from .practice import protocol, share
@@ -99,11 +99,11 @@ class ResNet(Practice):
 # %% ../nbs/06_core.ipynb #d40f4683
 @contextmanager
 def _one_line_errors():
-    "A `PhotoError` from a worker process, without that process's traceback"
-    name = f'{PhotoError.__module__}.{PhotoError.__name__}: '
+    "A `DataError` from a worker process, without that process's traceback"
     try: yield
-    except PhotoError as e:
-        raise PhotoError(str(e).strip().splitlines()[-1].removeprefix(name)) from None
+    except DataError as e:
+        name, last = f'{type(e).__module__}.{type(e).__name__}: ', str(e).strip().splitlines()[-1]
+        raise type(e)(last.removeprefix(name)) if 'worker process' in str(e) else e from None
 
 @patch
 def fit(self:ResNet,

@@ -127,7 +127,7 @@ def read_stats(
 ) -> tuple: # (`ColorStats` of the training photos, the photos that can be read)
     "Read all training and validation photos once: colours of the training set, and bad photos"
     paths, n = photos['train'] + photos['val'], len(photos['train'])
-    file = survey_file(paths.texts())
+    file = survey_file(paths)
     total, count, rest = kept_survey(file) or (np.zeros((4, 4)), 0, np.arange(len(paths)))
     moments, bad = np.zeros((0, 4, 4)), {}
     if len(rest): moments, bad = scan_photos(paths[rest], num_workers)    # bad ones are tried again

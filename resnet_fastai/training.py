@@ -18,13 +18,13 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
-from fastai.imports import noop
+from fastai.imports import L, noop
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import l2_reg, Optimizer, SGD
 from fastai.torch_core import maybe_gather
-from fastcore.foundation import L
 
 from .engine.arguments import check_learner
+from .engine.balance import balancing
 from .engine.checkpoint import Checkpoint, ResumableLearner
 from .engine.cuda_graph import CudaGraph
 from .engine.files import DataError
@@ -263,8 +263,7 @@ def _network(arch, dls, weights, net_args, channels_last, compile):
 
 def _schedule(schedule, patience, min_delta):
     if schedule in (None, 'one_cycle'): return PlateauLR(patience=patience, min_delta=min_delta)
-    if not isinstance(schedule, str): return schedule
-    raise DataError(f"schedule is {schedule!r}; it must be 'one_cycle' or a callback")
+    return schedule
 
 def resnet_learner(
     dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos and a `vocab`
@@ -281,6 +280,7 @@ def resnet_learner(
     compile:bool=False, # Compile the network: a slow first batch, faster ones later
     weights=None, # To start from: 'imagenet', a file, a folder, a `ResNet`; None: drawn anew
     train_bn:bool=True, # Does the BN of frozen layers go on learning?
+    balance:str|None=None, # 'sampler' or 'loss': small classes count as much as large ones
     graph:bool=False, # Replay updates from a CUDA graph: for small networks on a GPU
     cbs=None, # More fastai callbacks
     metrics=None, # More metrics, beside `top1_error` and `top5_error`
@@ -289,11 +289,12 @@ def resnet_learner(
     **kwargs, # For `build_net`: stride_at, shortcut, …
 ) -> ResumableLearner: # With `history` and `plateau_lr` among its callbacks
     "The paper's network and recipe as a fastai `Learner`"
-    check_learner(dls, decay)
+    check_learner(dls, decay, schedule)
     precision, channels_last = precision_and_layout(dls.device, precision, channels_last)
     net, spec, started = _network(arch, dls, weights, kwargs, channels_last, compile)
     cbs = [Accumulate(bs), _schedule(schedule, patience, min_delta), FrozenBN(), History(),
-           FiniteLoss(), Precision(precision, channels_last), *L(cbs), *[CudaGraph()]*graph]
+           FiniteLoss(), Precision(precision, channels_last), *balancing(balance), *L(cbs),
+           *[CudaGraph()]*graph]
     top5 = [top5_error]*(len(getattr(dls, 'labels', dls.vocab)) > 5)   # of fewer it says nothing
     learn = ResumableLearner(
         dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,

@@ -80,10 +80,16 @@ def everything(paths, out):
     m.learn.fit(3)
     plain = dict(weights=weights(m), rows=m.learn.history.rows, lr=m.learn.lr, photos=watch.order_of, drops=m.learn.plateau_lr.drops,
                  updates=watch.updates)
+    balanced = {}
+    for kind in ('sampler', 'loss'):
+        m = model(paths, plain=True, balance=kind)
+        m.learn.add_cb(watch := Watch())
+        m.learn.fit(1)
+        balanced[kind] = dict(weights=weights(m), rows=m.learn.history.rows, photos=watch.order_of[0])
     m = model(paths)
     m.learn.fit(1)
     untouched = model(paths).learn.validate()
-    torch.save(dict(before=list(before), plain=plain, bn=weights(m), untouched=list(untouched), lr=m.learn.lr), out)
+    torch.save(dict(before=list(before), plain=plain, balanced=balanced, bn=weights(m), untouched=list(untouched), lr=m.learn.lr), out)
 
 
 def resumed(paths, out, folder, die_at=None):

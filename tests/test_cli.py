@@ -401,8 +401,10 @@ def test_a_heap_is_split(shell, tmp_path):
     done = shell('split', 'heap/list.csv', 'folds', '--folds', '5', '--group', 'patient', cwd=tmp_path)
     assert done.code == 0 and [line.split()[0] for line in done.out.splitlines()] == [f'folds/fold{k}' for k in range(1, 6)]
     refused(shell('split', 'heap', 'photos', cwd=tmp_path), 'exists already')
-    done = shell('train', 'heap', '--folders', '--model', 'm', *small, '--epochs', '1', cwd=tmp_path)                # no split of its own: a fifth is drawn
-    assert done.code == 0 and '16 to train on, 4 to validate with' in done.out
+    done = shell('train', 'heap', '--folders', '--model', 'm', *small, '--epochs', '1', '--balance', 'sampler', cwd=tmp_path)
+    assert done.code == 0 and '16 to train on, 4 to validate with' in done.out                                      # no split of its own: a fifth is drawn
+    assert "balance='sampler': 2 classes of 8 to 8 photos" in done.out and [*done.out.partition('label')[2].split()[:4]] == ['photos', 'share', 'turns', 'error']
+    assert ['a', '8', '50.0%', '1.00'] in [line.split()[:4] for line in done.out.splitlines()]
 
 
 def test_class_folders(shell, tmp_path):

@@ -70,6 +70,11 @@ def test_processes_do_the_training_of_one(n, folder, alone):
     for k, v in alone['plain']['weights'].items(): torch.testing.assert_close(got[0]['plain']['weights'][k], v, atol=1e-5, rtol=1e-4)
     for name in ('valid_loss', 'top1_error', 'top5_error', 'median_logit', 'surest', 'train_error'):
         for a, b in zip(got[0]['plain']['rows'], alone['plain']['rows']): assert a[name] == pytest.approx(b[name], abs=2e-4), name
+    for kind, own in alone['balanced'].items():
+        assert sorted(i for one in got for i in one['balanced'][kind]['photos']) == sorted(own['photos'])
+        for k, v in own['weights'].items(): torch.testing.assert_close(got[0]['balanced'][kind]['weights'][k], v, atol=1e-5, rtol=1e-4)
+        for name in ('balanced_error', 'valid_loss'): assert got[0]['balanced'][kind]['rows'][0][name] == pytest.approx(own['rows'][0][name], abs=2e-4)
+    assert not equal(alone['balanced']['sampler']['weights'], alone['balanced']['loss']['weights'])
     assert got[0]['untouched'] == pytest.approx(alone['untouched'], abs=1e-6)      # BN and all, on the same weights
     assert got[0]['before'] == pytest.approx(alone['before'], abs=1e-6)
     assert len(alone['plain']['drops']) == 2 and alone['plain']['rows'][-1]['surest'] != 0 != alone['plain']['rows'][-1]['median_logit']

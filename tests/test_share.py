@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import torchvision.models as tvm
 import torchvision.transforms as T
+from fastai.learner import Learner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,9 +31,11 @@ from resnet_fastai.core import ResNet
 from resnet_fastai.data import LabelMap
 from resnet_fastai.engine.files import DataError
 from resnet_fastai.engine.layout import list_photos
-from resnet_fastai.inference import predict_probs
+from resnet_fastai.inference import fifty_crop, predict_probs
 from resnet_fastai.model import build_net
-from resnet_fastai.practice.share import Trained, export_model, from_torchvision, load_model, model_card, save_model, to_torchvision
+from resnet_fastai.engine.weights import config_sum, json_bytes, misfit, scaled
+from resnet_fastai.practice.share import (PhotoProbs, Trained, as_trained, export_model, from_torchvision, imagenet_stats, load_model, model_card, save_model,
+                                          to_torchvision, torchvision_kin)
 
 FILES = ('README.md', 'config.json', 'model.safetensors')
 STATS = ColorStats([.5, .4, .3], [.1, .02, .003], np.eye(3), 99)
@@ -157,6 +160,23 @@ def test_a_process_that_is_killed_while_it_saves(tmp_path):
     finally: child.kill(); child.wait()
 
 
+def test_a_loaded_model_saves_the_same_files_and_reading_draws_nothing(saved, tmp_path):
+    state = torch.get_rng_state()
+    loaded = load_model(saved)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = save_model(loaded, tmp_path/'again')
+    assert all((again/name).read_bytes() == (saved/name).read_bytes() for name in FILES)
+    assert sorted(p.name for p in again.iterdir()) == sorted(FILES)
+
+
+def test_only_a_learner_of_this_library_is_a_model(drawn):
+    model = ResNet(*drawn, size=32, arch='cifar_resnet8', bs=8, num_workers=0, net_args=dict(zero_init_residual=True))
+    t = as_trained(model.learn)
+    assert (t.arch, t.net_args, t.size, len(t.labels)) == ('cifar_resnet8', dict(zero_init_residual=True), 32, len(model.labels))
+    assert t.training['photos'] == dict(train=16, val=8, test=4) and t.training['epochs'] == 0 and as_trained(t) is t
+    with pytest.raises(DataError, match='only a learner of resnet_learner'): as_trained(Learner(model.learn.dls, model.net))
+
+
 # ── What is broken, or was made to break ─────────────────────────────────────────────────────────────────────────────────────
 
 def signed(c):
@@ -236,6 +256,44 @@ def test_json_that_is_no_config(text, copy):
     refused(copy)
 
 
+@pytest.mark.parametrize('change, says', [
+    (dict(size=True), 'size is not a int'), (dict(size=0), 'crop of 0'), (dict(scales=[1]), 'not those of a crop of 32'), (dict(arch='resnet34'), 'does not fit resnet34'),
+    (dict(arch='cifar_resnet6000002'), 'no network'), (dict(size=10**7), 'crop of 10000000'), (dict(n_out=10**12), 'fc.weight'),
+    (dict(encoding={'cat': 1000}), '1000'), (dict(history=dict(a=[1], b=[])), 'differ in length'), (dict(history=dict(a=['1'])), 'more than numbers'),
+    (dict(training=dict(photos=3)), 'training summary'), (dict(training=dict(wings=2)), 'training summary'), (dict(arch=None), 'arch is not a str'),
+    *((dict(stats=STATS.as_dict() | bad), '') for bad in (dict(mean=[.5, .5, 2]), dict(eigval=[1, -1, 0]), dict(n_photos='many'), dict(mean=[.5])))])
+def test_settings_that_cannot_be_are_named(change, says, copy):
+    c = json.loads((copy/'config.json').read_text(encoding='utf-8')) | change
+    (copy/'config.json').write_text(json.dumps(signed(c)))
+    assert says in refused(copy)
+
+
+def test_an_entry_that_is_missing_or_not_signed(copy):
+    c = json.loads((copy/'config.json').read_text(encoding='utf-8'))
+    (copy/'config.json').write_text(json.dumps(signed({k: v for k, v in c.items() if k != 'arch'})))
+    assert 'lacks arch' in refused(copy)
+    (copy/'config.json').write_text(json.dumps(c | dict(stats=c['stats'] | dict(mean=[0, 0, 0]))))
+    assert 'changed since it was saved' in refused(copy)
+
+
+def test_the_checksum_and_json_of_settings():
+    model = made()
+    c = share._config(model, b'weights')
+    assert json.loads(json_bytes(c)) == c and config_sum(json.loads(json_bytes(c))) == c['sha256'] and config_sum(c | dict(size=33)) != c['sha256']
+    assert c['history']['train_error'] == [None, .3]                           # NaN is not JSON
+    assert json.loads(json_bytes({'caf\xe9': '\ud800'})) == {'caf\xe9': '\ud800'} and 'café'.encode() in json_bytes(['café'])
+
+
+@pytest.mark.parametrize('arch, n_out, change, says', [
+    ('resnet18', 10, {}, ''), ('resnet18', 12, {}, 'fc.weight has the shape (10, 512), not (12, 512)'), ('resnet34', 10, {}, 'is missing'),
+    ('plain18', 10, {}, 'has no place'), ('resnet18', 10, dict(kind='half'), 'float16'), ('resnet18', 10, dict(kind='nan'), 'no number')])
+def test_weights_fit_one_network_only(arch, n_out, change, says):
+    w = tvm.resnet18(num_classes=10).state_dict()
+    if change: w['fc.bias'] = w['fc.bias'].half() if change['kind'] == 'half' else w['fc.bias']/0
+    with torch.device('meta'): target = build_net(arch, n_out).state_dict()
+    assert says in misfit(w, target) and bool(misfit(w, target)) == bool(says)
+
+
 def test_weights_that_hold_no_numbers_or_of_another_kind(copy):
     good, c = safetensors.torch.load((copy/'model.safetensors').read_bytes()), json.loads((copy/'config.json').read_text(encoding='utf-8'))
     for k, v in {'fc.bias': good['fc.bias']/0, 'fc.weight': good['fc.weight'].half(), 'bn1.weight': good['bn1.weight'][:-1], 'more': torch.zeros(1)}.items():
@@ -262,6 +320,22 @@ def test_a_label_is_text_in_the_card_whatever_it_says(label):
     shown = ''.join(ch if ch.isprintable() else f'\\u{ord(ch):04x}' for ch in label)
     assert len(rows) == 1 and html.unescape(rows[0]).split() == shown.split()
     assert not re.search('<[a-z]', rows[0]) and page.count('<h') == 4 and page.count('<tr>') == 9
+
+
+def card_config(**changes):
+    "Settings for a card"
+    return dict(arch='resnet18', net_args={}, n_out=1000, size=224, scales=[224], encoding={'a': 0}, stats=STATS.as_dict(), training={}, history={},
+                versions={}) | changes
+
+
+def test_a_card_of_many_labels_and_of_each_network():
+    nasty = 'a|b `c` *d* [e](http://f) <script>g</script>\n# h &amp; _i_ www.j.de \u202ek'
+    assert share._md("T-shirt, men's (M/L)") == "T-shirt, men's (M/L)"
+    assert not set('|`*[]<>#_:.\n\u202e\\') & set(re.sub('&#[0-9]+;', '', share._md(nasty)))
+    odd = model_card(card_config(encoding={nasty: 0, 'é': 7} | {f'n{i}': i+10 for i in range(200)}))
+    assert re.findall(r'^\| 7 .*$', odd, re.M) == ['| 7 | é |'] and '102 more' in odd and odd.count('\n#') == 3
+    assert [model_card(card_config(arch=a)).count('hasattr(block') for a in ('resnet50', 'resnet18', 'cifar_resnet8')] == [1, 0, 0]
+    assert 'torchvision has no such network' in model_card(card_config(arch='cifar_resnet8'))
 
 
 @pytest.mark.parametrize('net_args', [{}, dict(stride_at='3x3')], ids=['v1', 'v1.5'])
@@ -318,6 +392,21 @@ def test_torch_export_gives_the_same_probabilities(photos, tmp_path):
     for batch in (x[:1], x[1:8], x): np.testing.assert_allclose(run(batch).detach(), by_hand(model, batch), atol=1e-4)
 
 
+def test_mean_and_softmax_are_in_the_exported_module(photos):
+    model, photo = made(), list_photos(photos)[0]
+    crops = fifty_crop(photo, size=32)
+    with torch.inference_mode(): p = PhotoProbs(model.net.eval(), model.stats)(crops)
+    np.testing.assert_allclose(p.mean(0), predict_probs(model.net, photo, model.stats, 32, precision='fp32'), atol=1e-6)
+    with torch.inference_mode(): assert (model.net(crops).softmax(1) - p).abs().max() > .01              # without the mean it shows
+
+
+def test_an_export_overwrites_nothing_and_knows_its_formats(tmp_path):
+    (tmp_path/'model.pt2').write_text('mine')
+    with pytest.raises(DataError, match='model.pt2'): export_model(made(), tmp_path, 'torch_export')
+    with pytest.raises(DataError, match='there is onnx, torch_export'): export_model(made(), tmp_path, 'caffe')
+    assert (tmp_path/'model.pt2').read_text() == 'mine'
+
+
 @pytest.mark.parametrize('lacks', ['onnx', 'onnxscript'])
 def test_what_onnx_needs_is_named(lacks, tmp_path, monkeypatch):
     monkeypatch.setattr(share, 'find_spec', lambda name: None if name == lacks else object())
@@ -346,6 +435,29 @@ def test_torchvisions_resnet50_gives_its_logits_here(theirs, photos):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_dividing_by_std_moves_into_the_first_convolution():
+    torch.manual_seed(2)
+    x, conv = torch.rand(2, 3, 33, 20), torch.nn.Conv2d(3, 8, 7, 2, padding=3, bias=False)
+    mean, std = (torch.tensor(o).float()[:, None, None] for o in (normalise.mean, normalise.std))
+    folded = scaled({'conv1.weight': conv.weight}, 1/np.array(normalise.std))['conv1.weight']
+    torch.testing.assert_close(torch.nn.functional.conv2d(x - mean, folded, stride=2, padding=3), conv((x - mean)/std), atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(imagenet_stats.eigvec.T @ imagenet_stats.eigvec, np.eye(3), atol=1e-3)   # the published axes are at right angles
+
+
+@pytest.mark.parametrize('arch, net_args, kin', [('resnet18', {}, 'same'), ('resnet50', {}, 'strides'), ('resnet50', dict(stride_at='3x3'), 'same'),
+                                                 ('resnet34', dict(shortcut='A'), 'none'), ('cifar_resnet20', {}, 'none')])
+def test_what_torchvision_has(arch, net_args, kin):
+    assert torchvision_kin(arch, net_args) == kin
+
+
+@pytest.mark.parametrize('at, same', [('3x3', True), ('1x1', False)])
+def test_strides_in_another_place_give_other_answers(theirs, at, same):
+    ours = build_net('resnet50', 10, stride_at=at).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): assert torch.allclose(ours(x), theirs(x), rtol=1e-3, atol=1e-4) == same
+
+
 def test_out_and_in_again(theirs, photos):
     ours, x = from_torchvision(theirs.state_dict(), LABELS), centre_crops(photos, 64, 4)
     for k, v in to_torchvision(ours, std=(.229, .224, .225)).items(): torch.testing.assert_close(v, theirs.state_dict()[k], rtol=1e-6, atol=1e-6)
@@ -358,6 +470,7 @@ def test_out_and_in_again(theirs, photos):
                                   lambda d: dict(model=d, optimizer=dict(param_groups=[]))], ids=['plain', 'imagenet example', 'reference'])
 @pytest.mark.parametrize('suffix', ['.pth', 'legacy.pth', '.safetensors'])
 def test_checkpoints_as_people_have_them(wrap, suffix, tmp_path):
+    torch.manual_seed(6)
     net, path = lived_in(tvm.resnet18(num_classes=10), torch.randn(8, 3, 32, 32)), tmp_path/f'w{suffix}'
     old = {k: v for k, v in net.state_dict().items() if 'num_batches' not in k}                                   # as before PyTorch 0.4.1
     if suffix == '.safetensors': safetensors.torch.save_file(old, path)
@@ -371,6 +484,26 @@ def test_the_depth_is_found(depth):
     with torch.device('meta'): shapes = getattr(tvm, f'resnet{depth}')(num_classes=3).state_dict()
     weights = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in shapes.items()}
     assert from_torchvision(weights, {'a': 2}).arch == f'resnet{depth}'
+
+
+@pytest.mark.parametrize('source, kwargs, says', [
+    ('r18', dict(label_encoding={'cat': 10}), 'does not fit in 10 outputs'), ('r18', dict(arch='resnet34'), 'layer1.2.conv1.weight is missing'),
+    ('r18', dict(arch='vgg16'), 'it has resnet18'), ('resnext', {}, 'its convolutions have groups'), ({'a': 1}, {}, 'no state dict'),
+    (Path('gone.pth'), {}, 'no file or folder'), (Path('photo.jpg'), {}, '.jpg is')])
+def test_sources_that_do_not_fit(source, kwargs, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (40, 30)).save('photo.jpg')
+    nets = dict(r18=tvm.resnet18, resnext=tvm.resnext50_32x4d)
+    if source in ('r18', 'resnext'): source = nets[source](num_classes=10).state_dict()
+    with pytest.raises(DataError, match=re.escape(says)): from_torchvision(source, **(dict(label_encoding=LABELS) | kwargs))
+
+
+def test_weights_for_torchvision_as_a_file(tmp_path):
+    ours = from_torchvision(tvm.resnet18(num_classes=10).state_dict(), LABELS)
+    back = to_torchvision(ours, tmp_path/'back.pth')
+    found = torch.load(tmp_path/'back.pth', weights_only=True)
+    assert list(found) == list(back) and all(torch.equal(found[k], v) for k, v in back.items())
+    with pytest.raises(DataError, match='overwrite=True'): to_torchvision(ours, tmp_path/'back.pth')
 
 
 class Bomb:

@@ -1,6 +1,7 @@
 "ImageNet, CSVs and Imagenette as people have them, built here in small: every label, every complaint, and nothing touched."
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -216,6 +217,28 @@ def test_a_lost_photo_shifts_no_label(tmp_path):
     val = official(tmp_path/'src')/'ILSVRC2012_img_val'
     (val/'ILSVRC2012_val_00000001.JPEG').rename(val/'ILSVRC2012_val_00000006.JPEG')
     with pytest.raises(LabelError, match='00000006.JPEG is not in'): from_imagenet(tmp_path/'src', tmp_path/'dest')
+
+
+@pytest.mark.parametrize('call, says', [
+    (lambda tmp: from_imagenet(tmp/'src', tmp/'dest', order='caffe'), "order is 'caffe'"),
+    (lambda tmp: from_imagenet(tmp/'nowhere', tmp/'dest'), 'is not a folder'),
+    (lambda tmp: from_imagenet(tmp/'src', tmp/'dest', synsets=tmp/'none.mat'), 'cannot be read: No such file')])
+def test_imagenet_arguments(tmp_path, call, says):
+    kaggle(tmp_path/'src')
+    with pytest.raises(DataError, match=says): call(tmp_path)
+    assert not (tmp_path/'dest').exists()
+
+
+def test_deleting_the_new_folder_deletes_no_photo(tmp_path):
+    before = bytes_below(official(tmp_path/'src'))
+    shutil.rmtree(from_imagenet(tmp_path/'src', tmp_path/'dest').data_path)
+    assert bytes_below(tmp_path/'src') == before
+
+
+def test_the_development_kits_classes_leave_inner_nodes_out(tmp_path):
+    found = sources.read_synsets(official(tmp_path/'src')/'ILSVRC2012_devkit_t12/data/meta.mat')
+    assert found.number.tolist() == [1, 2, 3, 4, 5, 6]
+    assert found.words.to_dict() == {w: c[0] for w, c in classes.items()} and found.number.to_dict() == {w: c[2] for w, c in classes.items()}
 
 
 def interrupted(*args): raise KeyboardInterrupt

@@ -12,13 +12,14 @@ from torch import nn
 
 def prefetch(
     load:Callable, # Of an item
-    items:Iterable,
+    items:Iterable, # A `PhotoList` of a server's shards is fetched ahead
     num_workers:int|None=None, # Threads; 0: none; None: one a core, 16 at most
     depth:int=0, # So many items are loaded ahead, besides two a thread
     single:bool=False, # Let PyTorch use one core in each of these threads
 ) -> Iterator: # load(item) for each, in their order
     "Load items in threads, a few more than are asked for"
     num_workers = defaults.cpus if num_workers is None else num_workers
+    items = items.ahead() if hasattr(items, 'ahead') else items
     if not num_workers: yield from map(load, items); return
     cores = torch.get_num_threads()
     pool, soon = ThreadPoolExecutor(num_workers, initializer=partial(torch.set_num_threads, 1) if single else None), deque()

@@ -13,16 +13,17 @@ from stat import S_ISLNK
 from .cache import cache_folder
 from .download import _download, _is_page, shown_url
 from .files import DataError, cut, quote
+from .shards import fetch_index
 
 
 _archives = ('.zip', '.tar.gz', '.tgz')
 
 
 def resolve_data(
-    source:str|Path, # A folder, or an http(s) or file URL of a .zip, .tar.gz or .tgz, perhaps with #sha256=… at its end
+    source:str|Path, # A folder, an http(s) or file URL of a .zip, .tar.gz or .tgz, perhaps with #sha256=… at its end, or the http(s) URL of shards, with / there
     cache:str|Path|None=None, # Where archives are unpacked; None: fastai's data folder
     find=None, # (folder, its archive's name) → the folder that is wanted; None: the one that holds train/
-) -> Path: # The folder that holds train/
+) -> Path: # The folder that holds train/, or the index of shards
     "The local folder of the photos, fetched and unpacked if need be"
     if not isinstance(source, (str, os.PathLike)): raise DataError(f"data_path is {quote(source)}; pass a folder, or the URL of an archive")
     if '://' not in str(source):
@@ -31,9 +32,11 @@ def resolve_data(
     url,_,sha256 = str(source).partition('#sha256=')
     if not url.lower().startswith(('http://', 'https://', 'file://')):
         raise DataError(f"{shown_url(url)} starts with neither http://, https:// nor file://")
+    if find is None and url.lower().startswith('http') and url.split('?')[0].endswith('/'): return fetch_index(url)
     name = url.split('?')[0].split('#')[0].rstrip('/').rsplit('/', 1)[-1]
     suffix = next((s for s in _archives if name.lower().endswith(s)), None)
-    if suffix is None: raise DataError(f"{shown_url(url)} does not name an archive that can be unpacked ({', '.join(_archives)})")
+    if suffix is None: raise DataError(f"{shown_url(url)} does not name an archive that can be unpacked ({', '.join(_archives)}), nor a folder of shards, "
+                                         "whose address ends in /")
     home = Path(cache or cache_folder())/f'{name[:-len(suffix)]}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}'
     find = find or _find_train
     if not home.exists(): _fetch(url, suffix, home, sha256.lower(), find)

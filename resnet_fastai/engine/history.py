@@ -81,4 +81,4 @@ def plot_history(
 
 _train,_valid = dict(color='#0072B2', lw=1, marker='o', ms=2),dict(color='#D55E00', lw=2.4, marker='o', ms=3)     # Okabe and Ito's
 _line_styles = dict(train_loss=_train, valid_loss=_valid, train_error=_train, top1_error=_valid,
-                    top5_error=_valid | dict(color='#009E73', ls='--'))
+                    top5_error=_valid | dict(color='#009E73', ls='--'), balanced_error=_valid | dict(color='#CC79A7', ls='-.'))

@@ -1,4 +1,4 @@
-"""Find the photos of a folder, and make the folders that training reads: train/, val/, test/, labels.json, encoding.json."""
+"""Find the photos of a folder or of its shards, and make the folders that training reads: train/, val/, test/, labels.json, encoding.json."""
 import os
 import shutil
 import tempfile
@@ -10,6 +10,7 @@ import numpy as np
 from fastcore.foundation import L
 
 from .files import _umask, DataError, write_json
+from .shards import open_shards, Shards, Source
 
 
 photo_suffixes = frozenset('.jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jp2 .mpo .ppm .pgm .pbm .tga'.split())
@@ -28,15 +29,46 @@ def _scan(folder, above=(), photos=True):
 
 
 def list_photos(
-    folder:str|Path, # Searched to the bottom; hidden files are left out
+    folder:str|Path, # Searched to the bottom; hidden files are left out; or a folder of shards
 ) -> list[Path]: # Sorted paths
     "Every photo in a folder, flat or nested"
+    if (shards := open_shards(folder)): return sorted(ShardList(shards, shards.rows()))
     return [Path(p) for p in sorted(_scan(folder))] if Path(folder).is_dir() else []
 
 
+def folder_photos(
+    folder:str|Path, # Searched to the bottom; hidden files are left out; or a folder of shards
+) -> 'PhotoList': # Sorted
+    "Every photo in a folder, in the order of `list_photos`"
+    if (shards := open_shards(folder)):
+        photos = ShardList(shards, shards.rows())
+        texts = list(photos.texts())
+        return photos[sorted(range(len(texts)), key=texts.__getitem__)]
+    root = os.path.join(folder, '')
+    return PhotoList(folder, [os.fsencode(Path(os.path.relpath(p, root)).as_posix()) for p in list_photos(folder)])
+
+
+def training_photos(
+    folder:str|Path, # Folder with train/, any folder of photos, or shards of one
+) -> 'PhotoList': # Sorted
+    "The photos of train/, or all where there is no such folder"
+    if (shards := open_shards(folder)): return ShardList(shards, shards.rows('train') or shards.rows())
+    return folder_photos(train if (train := Path(folder)/'train').is_dir() else folder)
+
+
 class PhotoPath(type(Path())):
-    "The path of a photo that remembers its label"
-    label = None
+    "The path of a photo that remembers its label, and where its bytes are if not in a file of that name"
+    label = source = None
+    def __reduce__(self): return (*super().__reduce__()[:2], self.__dict__)
+
+
+def stamp(
+    path:str|Path, # Of a file
+) -> tuple: # (its whole path, (size, time); None: a link that leads nowhere)
+    "What tells whether a file is the one that it was"
+    try: was = (at := os.stat(path)).st_size, at.st_mtime_ns
+    except OSError: was = None
+    return os.path.abspath(path), was
 
 
 class PhotoList:
@@ -57,6 +89,10 @@ class PhotoList:
     def __add__(self, other): return PhotoList(self.root, np.concatenate([self.names, other.names]),
                                                np.concatenate([self.codes, other.codes]), self.vocab)
     def texts(self): return (os.path.join(self.root, os.fsdecode(n)) for n in self.names)
+    def stamps(self): return map(stamp, self.texts())                # what each photo is known by while nothing changes
+    def unlabelled(self): return PhotoList(self.root, self.names)
+    def read_ahead(self, places): return iter(places)                 # the places; photos of a server are fetched meanwhile
+    def ahead(self): return (self[i] for i in self.read_ahead(range(len(self))))
 
     def look_up(self,
         find_id, # A photo's path → its id, or None
@@ -72,11 +108,45 @@ class PhotoList:
 
     def __getitem__(self, i):
         if isinstance(i, slice) or np.ndim(i):
-            if not isinstance(i, slice): i = np.asarray(i, dtype=None if len(i) else int)
-            return PhotoList(self.root, self.names[i], self.codes[i], self.vocab)
-        path = PhotoPath(self.root, os.fsdecode(self.names[i]))
+            return self._some(i if isinstance(i, slice) else np.asarray(i, dtype=None if len(i) else int))
+        path = self._path(i)
         if self.codes[i] >= 0: path.label = self.vocab[self.codes[i]]
         return path
+
+    def _some(self, i): return PhotoList(self.root, self.names[i], self.codes[i], self.vocab)
+    def _path(self, i): return PhotoPath(self.root, os.fsdecode(self.names[i]))
+
+
+class ShardList(PhotoList):
+    "Photos in shards: their rows in the index, and the label of each; the paths are those of the files that were packed"
+    def __init__(self,
+        shards:Shards,
+        rows, # (n,) whole numbers, or a range
+        codes=None, # As for `PhotoList`
+        vocab:tuple=(),
+    ):
+        self.shards, self.rows, self.root, self.vocab = shards, rows, shards.folder, tuple(vocab)
+        self.codes = np.full(len(rows), -1, np.int32) if codes is None else np.asarray(codes, np.int32)
+
+    @property
+    def names(self): return np.array(list(self.shards.names(self.rows)), dtype='S')
+    def __len__(self): return len(self.rows)
+    def __repr__(self): return f'ShardList({len(self):,} photos in {self.shards.place})'
+    def __add__(self, other):
+        return ShardList(self.shards, np.concatenate([_array(self.rows), _array(other.rows)]), np.concatenate([self.codes, other.codes]), self.vocab)
+    def texts(self): return (os.path.join(self.root, os.fsdecode(n)) for n in self.shards.names(self.rows))
+    def stamps(self): return zip(map(os.fsdecode, self.shards.names(self.rows)), self.shards.columns[1:,_array(self.rows)].T.tolist())
+    def unlabelled(self): return ShardList(self.shards, self.rows)
+    def read_ahead(self, places): return self.shards.read_ahead(places, self.rows)
+    def _some(self, i): return ShardList(self.shards, (self.rows if isinstance(i, slice) else _array(self.rows))[i], self.codes[i], self.vocab)
+    def _path(self, i):
+        row = int(self.rows[i])
+        path = PhotoPath(self.root, os.fsdecode(self.shards.name(row)))
+        path.source = Source(self.shards, row)
+        return path
+
+
+def _array(rows): return np.arange(rows.start, rows.stop, rows.step, dtype=np.uint32) if isinstance(rows, range) else rows
 
 
 def photo_inputs(
@@ -94,11 +164,12 @@ splits = ('train', 'val', 'test')
 
 
 def split_photos(
-    data_path:str|Path, # Folder with train/, val/ and perhaps test/
+    data_path:str|Path, # Folder with train/, val/ and perhaps test/, or of shards of them
     needed:tuple=('train','val'), # Splits that must have photos
 ) -> dict[str,PhotoList]: # The photos of each split
     "The photos of each split; a `DataError` where a needed one is missing or empty"
     root, photos = os.path.join(data_path, ''), {}
+    if (shards := open_shards(data_path)): return _shard_splits(shards, needed)
     for s in splits:
         there = os.path.isdir(root + s)
         if s in needed and not there: raise DataError(f"{data_path} has no folder {s}/; {_instead(data_path)}")
@@ -106,6 +177,12 @@ def split_photos(
         if s in needed and not len(photos[s]):
             raise DataError(f"{root}{s} holds no photos (looked for .jpg, .png and so on, to the bottom)")
     return photos
+
+
+def _shard_splits(shards, needed):
+    for s in needed:
+        if not shards.rows(s): raise DataError(f"{shards.place} has no photos of {s}/; its shards hold {', '.join(n for n in shards.run_names if n) or 'others'}")
+    return {s: ShardList(shards, shards.rows(s)) for s in splits}
 
 
 def _instead(data_path):

@@ -21,6 +21,7 @@ from fastcore.basics import defaults
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
+from .balance import balanced_order
 from .batching import prefetch
 from .files import DataError
 from .layout import photo_inputs, PhotoList, PhotoPath
@@ -32,7 +33,8 @@ def each_photo(
     num_workers:int|None=None, # Threads; 0: none; None: one a core
 ) -> Iterator: # The answer for each photo, in their order
     "Ask something of every photo, with a progress bar"
-    yield from progress_bar(prefetch(ask, map(Path, photos), num_workers, single=True), total=len(photos), leave=False)
+    paths = photos if isinstance(photos, PhotoList) else (p if isinstance(p, Path) else Path(p) for p in photos)
+    yield from progress_bar(prefetch(ask, paths, num_workers, single=True), total=len(photos), leave=False)
 
 
 def forks() -> bool:
@@ -41,6 +43,11 @@ def forks() -> bool:
 
 
 def _equal_parts(n, k): return [n*(i+1)//k - n*i//k for i in range(k)]
+
+
+class Turn(int):
+    "The place of a photo that comes more than once in an epoch"
+    again = 0                                             # 1: for the second time
 
 
 class PhotoDL(TfmdDL):
@@ -58,6 +65,7 @@ class PhotoDL(TfmdDL):
         return super().new(dataset, cls, **kwargs)
 
     rank,world_size,shares,update = 0,1,None,None             # update: photos in an update, which `Accumulate` says; None: what passes at a time
+    classes = None                                            # (n,) of each photo, where an epoch is to have as many photos of each
     def photos_in(self) -> list[int]:
         "The number of photos in each batch, all processes together: equal parts of an update, of at most `bs` photos a process"
         at_once,least = self.bs*self.world_size,min(self.bs, 2)*self.world_size     # BN needs two photos in each process
@@ -77,16 +85,25 @@ class PhotoDL(TfmdDL):
     def get_idxs(self):
         "The order of an epoch; of it, this process's share"
         self.epoch_seed = self.rng.getrandbits(64)
-        order = np.random.default_rng(self.epoch_seed).permutation(self.n) if self.shuffle else np.arange(self.n)
+        order = self._order(np.random.default_rng(self.epoch_seed)) if self.shuffle else np.arange(self.n)
         ends = np.cumsum([0, *self.photos_in()])
         cut = (ends[:-1,None] + np.diff(ends)[:,None]*np.arange(self.world_size + 1)//self.world_size)[:, self.rank:self.rank+2]
         self.shares = np.diff(cut)[:,0].tolist()
         return np.concatenate([order[a:b] for a,b in cut]) if len(cut) else order[:0]
 
+    def _order(self, rng): return rng.permutation(self.n) if self.classes is None else balanced_order(self.classes, rng)
+
     def sample(self):
         if self.shares is None: return super().sample()
         batches = np.split(self._DataLoader__idxs, np.cumsum(self.shares)[:-1])
-        return (i for batch in batches[self.offs::self.num_workers] for i in batch)
+        mine = (i for batch in batches[self.offs::self.num_workers] for i in batch)
+        return mine if self.classes is None else map(self._turn, mine)
+
+    def _turn(self, i):
+        again,place = divmod(int(i), self.n)
+        place = Turn(place)
+        place.again = again
+        return place
 
     def chunkify(self, b):
         if self.shares is None: return super().chunkify(b)
@@ -103,6 +120,8 @@ class PhotoDL(TfmdDL):
         Image.MAX_IMAGE_PIXELS = self.pixel_limit
 
     def create_batches(self, samps):
+        photos = getattr(self.dataset, 'items', None)
+        if isinstance(photos, PhotoList): samps = photos.read_ahead(samps)
         if not self.threads: yield from super().create_batches(samps); return
         own = threading.local()
         def load(i):
@@ -119,7 +138,8 @@ class PhotoDL(TfmdDL):
 
     def do_item(self, i):
         drawing = [t for t in self.after_item.fs if hasattr(t, 'rng')]
-        for t in drawing: t.rng = random.Random(getattr(self, 'epoch_seed', 0) << 32 | int(i or 0))
+        turn = getattr(i, 'again', 0) << 96               # another time, another crop
+        for t in drawing: t.rng = random.Random(turn | getattr(self, 'epoch_seed', 0) << 32 | int(i or 0))
         try: return super().do_item(i)
         finally:
             for t in drawing: del t.rng                               # another loader's draws are not ours
@@ -152,7 +172,7 @@ class PhotoLoaders(DataLoaders):
     def new_empty(self):
         new = super().new_empty()
         for name in self.carried: setattr(new, name, getattr(self, name, None))
-        new.photos = {split: photos[:0] for split,photos in getattr(self, 'photos', {}).items()}
+        new.photos = {split: PhotoList(photos.root, [], vocab=photos.vocab) for split,photos in getattr(self, 'photos', {}).items()}
         return new
 
     def test_dl(self,
@@ -161,7 +181,7 @@ class PhotoLoaders(DataLoaders):
     ):
         "A loader over other photos, as in validation"
         items, _ = photo_inputs(test_items)
-        if not isinstance(items, PhotoList): items = [PhotoPath(p) if isinstance(p, (str, Path)) else p for p in items]     # the kind that fastai knows here
+        if not isinstance(items, PhotoList): items = [PhotoPath(p) if isinstance(p, (str, Path)) and not isinstance(p, PhotoPath) else p for p in items]     # the kind that fastai knows here
         return super().test_dl(items, **kwargs)
 
 

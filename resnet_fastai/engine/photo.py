@@ -53,7 +53,7 @@ class Photo:
     @contextmanager
     def _named(self):
         try: yield
-        except PhotoError: raise
+        except DataError: raise                                       # also of shards: what is wrong there is no photo's fault
         except FileNotFoundError: raise PhotoError(f"{self.name} does not exist") from None
         except Image.DecompressionBombError as e:
             raise PhotoError(f"{self.name} is too large to be a photo: {e} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it, in the shell "
@@ -61,6 +61,9 @@ class Photo:
         except Exception as e: raise PhotoError(f"{self.name} cannot be read as a photo: {_reason(e, self.data)}") from None
 
     def _read(self, path):
+        if source := getattr(path, 'source', None):
+            self.name = repr(source.shown)
+            with self._named(): return source.read()
         with self._named():
             mode = os.stat(path).st_mode
             if not S_ISREG(mode): raise PhotoError(f"{self.name} is a {'folder' if S_ISDIR(mode) else 'pipe or a device'}, not a photo")

@@ -26,13 +26,26 @@ def error_rates(
     return found
 
 
+def balanced_error(
+    wrong:np.ndarray, # (n,) is the best guess wrong?
+    targ:np.ndarray, # (n,) indices
+) -> dict: # balanced_error, balanced_low, balanced_high
+    "The mean of the classes' top-1 errors, and its 95 % interval from those of the classes (MOVER: Zou and Donner, 2008)"
+    classes, which = np.unique(targ, return_inverse=True)
+    n, k = np.bincount(which), np.bincount(which, wrong).astype(int)
+    low, high = np.array([wilson(*o) for o in zip(k, n)]).T
+    mean, spread = (k/n).mean(), lambda bound: (((k/n - bound)**2).sum()**.5)/len(n)
+    return dict(balanced_error=mean, balanced_low=max(0., mean - spread(low)), balanced_high=min(1., mean + spread(high)))
+
+
 def error_rows(
     protocol:str, # Its name, for the table
     probs:np.ndarray, # (n,n_out)
     targ:np.ndarray, # (n,) indices
     labels=None, # A `LabelMap`: a row for each class; None: one row
-): # Yields dicts: protocol, [label,] photos and `error_rates`
+): # Yields dicts: protocol, [label,] photos and `error_rates`; of all classes together `balanced_error` too
     "The rows of an evaluation"
     groups = {labels.by_index[i]: targ == i for i in np.unique(targ)} if labels else {None: slice(None)}
     for label, g in groups.items():
-        yield dict(protocol=protocol) | (dict(label=label) if labels else {}) | dict(photos=len(targ[g])) | error_rates(probs[g], targ[g])
+        row = dict(protocol=protocol) | (dict(label=label) if labels else {}) | dict(photos=len(targ[g])) | error_rates(probs[g], targ[g])
+        yield row | ({} if labels else balanced_error(probs.argmax(1) != targ, targ))

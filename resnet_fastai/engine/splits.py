@@ -8,7 +8,7 @@ from fastai.learner import Learner
 from .calibration import in_effect
 from .fetch import resolve_data
 from .files import DataError
-from .layout import PhotoList, split_photos
+from .layout import split_photos
 
 
 def model_parts(
@@ -36,6 +36,6 @@ def labelled_split(
     if data_path is None: photos = parts.dls.photos.get(split)
     else: photos = split_photos(resolve_data(data_path), (split,))[split]
     if not photos: raise DataError(f"there are no photos in {parts.dls.path/split}; evaluate another split than {split!r}")
-    if label_path is not None: photos = PhotoList(photos.root, photos.names)                     # without their old labels
+    if label_path is not None: photos = photos.unlabelled()                                    # without their old labels
     labels.match(photos)
     return photos, np.array([labels.encoding[labels(p)] for p in photos])

@@ -1,7 +1,6 @@
 """Read every photo once: the sums of which its colour statistics are made, and which ones are bad; and keep what was found."""
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 
 from .cache import cache_folder
 from .files import PhotoError, write_json
+from .layout import PhotoList, stamp
 from .loader import each_photo
 from .photo import Photo
 
@@ -70,13 +70,11 @@ def _sum(moments, bad):
 # What a first reading has found is kept under a name made from path, size and time of every photo: it is found while nothing changes
 
 def survey_file(
-    photos, # Paths
+    photos, # Paths, or a `PhotoList`
 ) -> Path: # Of a JSON file in the user's cache
     "Where the findings on these photos are kept"
     digest = hashlib.sha256()
-    for p in (os.path.abspath(p) for p in photos):
-        try: was = (at := os.stat(p)).st_size, at.st_mtime_ns
-        except OSError: was = None                                                # a link that leads nowhere
+    for p,was in photos.stamps() if isinstance(photos, PhotoList) else map(stamp, photos):
         digest.update(f'{p}\0{was}\n'.encode('utf-8', 'surrogateescape'))
     return cache_folder()/'color_stats'/f'{digest.hexdigest()[:24]}.json'
 

@@ -1,5 +1,5 @@
 """Check, train, stop, go on, measure and predict without opening Python."""
-__all__ = ['app', 'Json', 'demo_args', 'Data', 'Labels', 'Encoding', 'OnBad', 'Precision', 'Schedule', 'Split', 'Protocol',
+__all__ = ['app', 'Json', 'demo_args', 'Data', 'Labels', 'Encoding', 'OnBad', 'Precision', 'Balance', 'Schedule', 'Split', 'Protocol',
            'Format', 'limits', 'LogStream', 'plain', 'table', 'answering', 'records', 'main', 'stoppable', 'demo',
            'split', 'check', 'stats', 'resume']
 
@@ -195,7 +195,7 @@ def demo(
                f'50-crop top-1 on {len(test)} test photos: {right:.1%} right (chance {1/len(model.labels):.1%})\n'
                f'look at {folder}/curves.png and {folder}/predictions.png; the model is in {folder}/model')
 
-Data = Annotated[str, typer.Argument(help='Folder with train/ and val/, or the URL of an archive of one')]
+Data = Annotated[str, typer.Argument(help='Folder with train/ and val/, or its shards, or the URL of an archive or of shards')]
 Labels = Annotated[Path, typer.Argument(help='JSON {image id: label}')]
 Encoding = Annotated[Path, typer.Argument(help='JSON {label: index}')]
 
@@ -254,11 +254,10 @@ def stats(
         from resnet_fastai.augment import ColorStats
         from resnet_fastai.data import resolve_data
         from resnet_fastai.engine.files import DataError
-        from resnet_fastai.engine.layout import list_photos
+        from resnet_fastai.engine.layout import training_photos
         if save and save.exists(): raise DataError(f'{save} exists already; name a new file with --save')
         if save and not save.parent.is_dir(): raise DataError(f'{save.parent} is not a folder; name a file in a folder that exists with --save')
-        root = resolve_data(data_path)
-        found = ColorStats.fit(list_photos(root/'train' if (root/'train').is_dir() else root))
+        found = ColorStats.fit(training_photos(resolve_data(data_path)))
         if save: found.save(save)
         answer(found.as_dict(), _colors(found))
 
@@ -304,7 +303,7 @@ def _near(path):
 def _read_args(run):
     from resnet_fastai.engine.files import DataError, read_json_object
     if not (run/'args.json').exists(): raise DataError(f'{run} holds no run: it has no args.json; name the folder that `train` told of')
-    args, known = read_json_object(run/'args.json'), {*signature(_train).parameters} - {'ctx', *_elsewhere}
+    args, known = dict(balance=None) | read_json_object(run/'args.json'), {*signature(_train).parameters} - {'ctx', *_elsewhere}
     if odd := known ^ {*args}: raise DataError(f"{run/'args.json'} is not as `train` wrote it: {', '.join(sorted(odd))}")
     return args
 
@@ -331,10 +330,18 @@ def _fit(net, args, run, answer):
     tuned = (args.get('schedule') or ('fine_tune' if args.get('weights') else 'plateau')) == 'fine_tune'
     with stoppable(net.learn, go_on): (net.fine_tune if tuned else net.fit)(args['epochs'], resume=True)
     with stoppable(net.learn, go_on): _save(net, model)
-    answer(dict(model=model, run=run, history=records(net.history)), f'saved in {plain(_near(model))} after {len(net.history)} epochs')
+    said, obj = f'saved in {plain(_near(model))} after {len(net.history)} epochs', dict(model=model, run=run, history=records(net.history))
+    if not args.get('balance'): return answer(obj, said)
+    classes = records(net.learn.balance.table)
+    answer(obj | dict(classes=classes), f'{table([_class_shown(c) for c in classes])}\n{said}')
+
+def _class_shown(row):
+    "A row of what `--balance` did, as people read it"
+    return row | {k: f'{row[k]:{how}}' for k,how in dict(share='.1%', turns='.2f', weight='.2f', error='.1%').items() if row.get(k) is not None}
 
 OnBad = Enum('OnBad', dict(error='error', skip='skip'), type=str)
 Precision = Enum('Precision', dict(fp32='fp32', bf16='bf16', fp16='fp16'), type=str)
+Balance = Enum('Balance', dict(sampler='sampler', loss='loss'), type=str)
 Schedule = Enum('Schedule', dict(plateau='plateau', one_cycle='one_cycle', fine_tune='fine_tune'), type=str)
 
 
@@ -362,6 +369,8 @@ def _train(
     seed: Annotated[int, typer.Option(help='Fixes every draw')] = 42,
     stats: Annotated[Optional[Path], typer.Option(help="Colours, from `stats --save`; without it the training set's")] = None,
     on_bad: Annotated[OnBad, typer.Option(help='What to do about photos that cannot be read or have no label')] = 'error',
+    balance: Annotated[Optional[Balance], typer.Option(help='Small classes count as much as large ones: by as many photos of each in an epoch (sampler), or by weights in the loss; '
+                                                             'without it each photo counts')] = None,
     num_workers: Annotated[Optional[int], typer.Option(min=0, help='Processes that load photos; without it as the machine has cores')] = None,
     every: Annotated[Optional[int], typer.Option(min=1, help='A checkpoint after so many updates too, not only after each epoch')] = None,
     keep: Annotated[int, typer.Option(min=1, help='So many of the newest checkpoints stay, and the best')] = 2,
@@ -423,6 +432,27 @@ def resume(
         write_json(run/'args.json', args)
         _fit(net, args, run, answer)
 
+@app.command('pack', short_help='a folder of photos as a few large tar files, to train from')
+def _pack(
+    data_path: Annotated[str, typer.Argument(help='Folder with train/ and val/, or of any photos')],
+    dest: Annotated[Path, typer.Argument(help='A new folder, or one that an earlier call has begun')],
+    shard_mb: Annotated[int, typer.Option(min=1, help='MiB of a tar file at the most')] = 256,
+    short_side: Annotated[Optional[int], typer.Option(min=1, help='Resize larger photos to this short side, pixels; without it they stay as they are')] = None,
+    label_path: Annotated[Optional[Path], typer.Option('--labels', help='JSON {image id: label}, for .cls files that other programs read')] = None,
+    label_encoding: Annotated[Optional[Path], typer.Option('--encoding', help='JSON {label: index}')] = None,
+    as_json: Json = False,
+):
+    """Pack photos into tar files with an index, which train like the folder. A call that was stopped goes on where it was.
+
+    Example: resnet-fastai pack photos photos-shards"""
+    with answering(as_json) as answer:
+        from resnet_fastai.engine.shards import Shards
+        from resnet_fastai.practice.shards import pack_photos
+        pack_photos(data_path, dest, shard_mb, short_side, label_path=label_path, label_encoding=label_encoding)
+        found = Shards(dest)
+        answer(dict(folder=dest, photos=len(found), shards=len(found.header['shards'])), f'{found!r}; check a copy with: sha256sum -c SHA256SUMS')
+
+
 Split = Enum('Split', dict(train='train', val='val', test='test'), type=str)
 Protocol = Enum('Protocol', {'1crop': '1crop', '10crop': '10crop', '50crop': '50crop', 'dense': 'dense'}, type=str)
 
@@ -432,6 +462,7 @@ def _errors_shown(row):
     shown = {k: v for k,v in row.items() if k in ('protocol', 'label', 'photos')}
     for k in (1, 5): shown |= {f'top-{k} error': f"{row[f'top{k}_error']:.2%}",
                                f'95 % ({k})': f"{row[f'top{k}_low']:.1%} to {row[f'top{k}_high']:.1%}"}
+    if row.get('balanced_error') is not None: shown |= {'balanced error': f"{row['balanced_error']:.2%}"}
     return shown
 
 

@@ -18,8 +18,9 @@ from fastprogress.fastprogress import progress_bar
 
 from ..engine.calibration import check_min_prob, tempered
 from ..engine.fast_net import _bare, weights_hash
+from ..engine.fetch import resolve_data
 from ..engine.files import DataError, PhotoError, atomic_write, quote, write_json
-from ..engine.layout import list_photos, PhotoList
+from ..engine.layout import folder_photos, PhotoList
 from ..engine.splits import model_parts
 from ..engine.protocols import split_protocol
 from ..inference import _answers
@@ -139,11 +140,11 @@ def _write_parquet(rows, dest, n, min_prob=None, block=10_000):
 def _named_photos(photos):
     "All photos below a folder, or those of a list; what makes an id of one; the folder that the ids are seen from"
     if isinstance(photos, (str, Path)):
+        if '://' in str(photos): photos = resolve_data(photos)
         if not Path(photos).is_dir(): raise DataError(f"{photos} is not a folder; pass a folder of photos, or a list of paths")
-        root, paths = os.path.join(photos, ''), list_photos(photos)
-        if not paths: raise DataError(f"{photos} holds no photos (looked for .jpg, .png and so on, to the bottom)")
-        below = lambda p: Path(os.path.relpath(p, root)).as_posix()
-        return PhotoList(photos, [os.fsencode(below(p)) for p in paths]), below, os.path.abspath(photos)
+        root, found = os.path.join(photos, ''), folder_photos(photos)
+        if not len(found): raise DataError(f"{photos} holds no photos (looked for .jpg, .png and so on, to the bottom)")
+        return found, lambda p: Path(os.path.relpath(p, root)).as_posix(), os.path.abspath(photos)
     photos = photos if isinstance(photos, PhotoList) else list(photos)
     if (wrong := next((p for p in photos if not isinstance(p, (str, Path))), None)) is not None:
         raise DataError(f"{quote(wrong)} is not a path; pass a folder, or a list of paths")
@@ -190,6 +191,9 @@ def predict_folder(
     return _table(rows.dest, n, min_prob)
 
 
+def _some(photos, places): return (photos[i] for i in (photos.read_ahead(places) if isinstance(photos, PhotoList) else places))
+
+
 def _left(photos, name, done):
     "The places of photos without a row; one that is named twice has two"
     if not done: return range(len(photos))
@@ -218,7 +222,7 @@ def _work(parts, photos, todo, name, shown, how, rows, block=200, seconds=20):
     "Ask about photos; give their rows to `rows` in blocks, or return them"
     protocol, precision, num_workers, bs = how
     known = (list(parts.labels.encoding), np.array(list(parts.labels.encoding.values())))
-    found = _answers(parts, (photos[i] for i in todo), [protocol], False, 'probs', precision, num_workers, bs, skip=PhotoError)
+    found = _answers(parts, _some(photos, todo), [protocol], False, 'probs', precision, num_workers, bs, skip=PhotoError)
     bar, some, start = progress_bar(found, total=len(todo), leave=False), [], time.perf_counter()
     saved = start
     try:

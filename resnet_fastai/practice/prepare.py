@@ -4,6 +4,7 @@ __all__ = ['check_data', 'shrink_photos']
 import hashlib
 import os
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +17,7 @@ from ..engine.label_files import alike, as_label, read_encoding, read_ids
 from ..engine.layout import _scan, link_photo, list_photos, split_photos, splits
 from ..engine.loader import each_photo
 from ..engine.photo import Photo, open_photo
+from ..engine.shards import open_shards
 
 
 def _look(path):
@@ -72,18 +74,38 @@ _kinds = {**dict.fromkeys(('.jpg', '.jpeg', '.jpe', '.jfif'), 'JPEG'), **dict.fr
           '.png': 'PNG', '.webp': 'WEBP', '.bmp': 'BMP'}                          # what is written anew; other kinds are linked
 
 
+def shrunk(
+    path:str|Path, # Of a photo
+    side:int, # Its new short side, pixels
+    quality:int=95, # Of a JPEG, 1 to 100
+) -> bytes|None: # None where it is small already, or of a kind that is not written anew
+    "A large photo, written anew and upright; a `PhotoError` where it cannot be read"
+    photo, kind = Photo(path), _kinds.get(os.path.splitext(path)[1].lower())
+    if kind is None or min(photo.size) <= side: return None
+    rgb,_ = photo.pixels(2*side)                                      # twice the size: then it is resized once, and hardly by the decoder
+    if not isinstance(rgb, Image.Image): rgb = Image.fromarray(rgb.permute(1,2,0).contiguous().numpy())
+    resize_short(rgb, side).save(out := BytesIO(), kind, quality=quality)
+    return out.getvalue()
+
+
+def check_shrinking(
+    short_side:int, # Pixels
+    quality:int, # Of a JPEG
+):
+    "A `DataError` where these cannot be"
+    for name,value,most in ('short_side', short_side, 65_535), ('quality', quality, 100):
+        if type(value) is not int or not 1 <= value <= most: raise DataError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
+
+
 def _shrink(path, root, dest, side, quality):
     "What became of one photo: 'shrunk', 'linked' or 'kept' (from an earlier call), or why it cannot be read"
-    out, was, photo = dest/path.relative_to(root), path.stat(), None
+    out, was = dest/path.relative_to(root), path.stat()
     if out.exists() and out.stat().st_mtime_ns == was.st_mtime_ns: return 'kept'
     try:
-        photo = Photo(path)
-        if min(photo.size) > side and path.suffix.lower() in _kinds:
-            rgb,_ = photo.pixels(2*side)                              # twice the size: then it is resized once, and hardly by the decoder
-            if not isinstance(rgb, Image.Image): rgb = Image.fromarray(rgb.permute(1,2,0).contiguous().numpy())
+        if (data := shrunk(path, side, quality)) is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(out) as part:
-                resize_short(rgb, side).save(part, _kinds[path.suffix.lower()], quality=quality)
+                part.write_bytes(data)
                 os.utime(part, ns=(was.st_mtime_ns, was.st_mtime_ns))
             return 'shrunk'
     except PhotoError as e: said = str(e)
@@ -112,9 +134,9 @@ def shrink_photos(
     num_workers:int|None=None, # Threads; None: one a core
 ) -> Path: # dest: the same names, ready to train on
     "Write large photos anew at the size that training needs; whatever is small, or cannot be read, is linked as it is"
-    for name,value,most in ('short_side', short_side, 65_535), ('quality', quality, 100):
-        if type(value) is not int or not 1 <= value <= most: raise DataError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
+    check_shrinking(short_side, quality)
     root, dest = resolve_data(data_path), Path(dest)
+    if open_shards(root): raise DataError(f"{root} holds shards; pack_photos(src, dest, short_side={short_side}) makes smaller ones of them")
     _open_dest(dest, root, dict(source=str(root.resolve()), short_side=short_side, quality=quality))
     paths = list_photos(root)
     fates = list(each_photo(partial(_shrink, root=root, dest=dest, side=short_side, quality=quality), paths, num_workers))
