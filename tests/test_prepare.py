@@ -40,7 +40,7 @@ def test_each_problem_is_found_and_nothing_is_changed(drawn, edit):
     assert set(zip(found['problem'], found['split'], found['photo'])) == {
         ('truncated', 'train', 'train/train_00001.jpg'), ('unreadable', 'val', 'val/val_00001.jpg'), ('same photo in two splits', 'val', 'val/val_00002.jpg'),
         ('suspicious size', 'train', 'train/train_00002.jpg'), ('no label', 'train', 'train/stranger.png'), ('unknown label', 'val', 'val/val_00003.jpg'),
-        ('unknown label', 'train', 'train/train_00004.jpg'), ('no photo', '', 'gone')}
+        ('unknown label', 'train', 'train/train_00004.jpg'), ('no photo', '', 'gone'), ('nearly the same photo in two splits', 'test', 'test/secret.jpg')}
     assert dict(zip(found['problem'], found['detail']))['same photo in two splits'] == 'also train/train_00000.jpg'
 
 
