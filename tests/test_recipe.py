@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import demo_data
 from resnet_fastai.engine.files import DataError
-from resnet_fastai.training import Accumulate, History, PlateauLR, MultiStepLR, WarmUp, caffe_sgd, paper_sgd, plot_history
+from resnet_fastai.training import (
+    Accumulate, History, PlateauLR, MultiStepLR, WarmUp, caffe_sgd, paper_sgd, plot_history, resnet_learner)
 
 settings = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=4, num_workers=0)
 
@@ -314,3 +315,19 @@ def test_an_interrupted_forward_pass_leaves_no_autocast(photos):
     m = ResNet(*photos, **settings, precision='bf16', cbs=[Break()])
     with m.learn.no_bar(), pytest.raises(ZeroDivisionError): m.fit(1)
     assert not torch.is_autocast_enabled('cpu')
+
+
+def test_a_long_run_keeps_its_losses_side_by_side_in_memory():
+    "230 updates: those of each hundred, and the rest, share one block; alone each would split a large free one"
+    x = torch.randn(230*2, 3, 8, 8)
+    dls = DataLoaders.from_dsets(list(zip(x, torch.arange(460) % 10)), list(zip(x[:4], torch.arange(4))), bs=2, device='cpu', num_workers=0, shuffle=True)
+    dls.vocab = list(range(10))
+    learn, seen = resnet_learner(dls, 'cifar_resnet8', bs=2, lr=1e-3, precision='fp32'), []
+    class Keep(Callback):
+        order = 99
+        def after_batch(self):
+            if self.training: seen.append(float(self.recorder.losses[-1]))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[Keep()])
+    losses = learn.recorder.losses
+    assert [float(v) for v in losses] == seen and len(seen) == 230 and all(v.ndim == 0 for v in losses)
+    assert len({v.untyped_storage().data_ptr() for v in losses}) == 3

@@ -3,6 +3,7 @@ import time
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib
 
@@ -39,12 +40,21 @@ class History(Callback):
         if self.trained: rec.log = rec.log + [float('nan')]*(n - len(rec.log))
 
     def after_batch(self):
+        if self.training and len(self.recorder.losses) % 100 == 0: self._pack(100)
+        self._count_wrong()
+
+    def _pack(self, n):
+        "The recorder's newest n losses side by side in memory: strewn among an update's large buffers, each would keep a megabyte from being used again"
+        if n and (new := self.recorder.losses[-n:]): self.recorder.losses[-n:] = torch.stack(new).as_subclass(torch.Tensor).unbind()
+
+    def _count_wrong(self):
         "Count the training photos whose best guess is wrong, as they go by"
         if not self.training or self.pred.ndim != 2 or self.yb[0].is_floating_point(): return
         self.wrong,self.seen = self.wrong + (self.pred.detach().argmax(1) != self.yb[0]).sum(),self.seen + len(self.yb[0])
 
     def after_epoch(self):
         if not self.trained: return self._give_back()       # validate() or get_preds()
+        self._pack(len(self.recorder.losses) % 100)
         rec,self.trained = self.recorder,False
         values = {name: float('nan' if v is None else v) for name,v in zip(rec.metric_names[1:], rec.values[-1])}
         lr = (rec.lrs or [self.opt.hypers[-1]['lr']])[-1]
