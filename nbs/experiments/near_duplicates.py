@@ -4,7 +4,7 @@
 
 Compares CIFAR-10's 10,000 test photos with its 50,000 training photos, 699 photographs with each other, and every fourth of
 those with edited copies of itself. Needs the real photos beside the checkout; writes nbs/experiments/results/near_duplicates.json
-and near_duplicates.png, a sheet of the pairs of CIFAR-10 that are the least alike of those found."""
+and near_duplicates.jpg, a sheet of the pairs of CIFAR-10 that are the least alike of those found."""
 import json
 import tarfile
 from io import BytesIO
@@ -65,7 +65,7 @@ def sheet(pairs, d):
         axs.flat[2*k + 1].imshow(d['tx'][j])
         axs.flat[2*k].set_title(f'{r:.3f}', fontsize=9)
     fig.suptitle('CIFAR-10, training photo beside test photo: the 24 least alike of the pairs found', fontsize=11)
-    fig.savefig(here/'results'/'near_duplicates.png', dpi=80)
+    fig.savefig(here/'results'/'near_duplicates.jpg', dpi=80)
 
 
 def photos():
