@@ -52,7 +52,8 @@ def test_ids_and_labels_that_can_be_meant_otherwise(drawn, edit):
     (train_/'train_00006').write_bytes((train_/'train_00007.jpg').read_bytes())                   # the suffix got lost
     edit(drawn.label_path, lambda o: o | {'x': 'dots', 'train_00003': 'Dots'})
     found = check_data(*drawn, num_workers=0)
-    assert sorted(found['problem']) == sorted(['duplicate id', 'no photo by its name', 'no photo', 'unknown label', 'labels alike'])
+    assert sorted(found['problem']) == sorted(['duplicate id', 'no photo by its name', 'no photo', 'unknown label', 'labels alike',
+                                                  'nearly the same photo in two splits'])
     with pytest.raises(DataError, match="'a' and 'b' the same index 0"): check_data(drawn.data_path, drawn.label_path, {'a': 0, 'b': 0})
 
 
