@@ -27,6 +27,7 @@ from .engine import fine_tuning
 from .engine.calibration import check_min_prob, tempered
 from .engine.distributed import distribute
 from .engine.files import DataError
+from .engine.loader import own_gpu
 from .engine.weight_sources import read_weights
 from .inference import predict_probs
 from .practice import protocol, share
@@ -212,7 +213,7 @@ def save(self:ResNet,
 
 @patch(cls_method=True)
 def load(cls:ResNet,
-    folder:str|Path, # What `save` wrote
+    folder:str|Path, # What `save` wrote, or 'hf:user/name' of Hugging Face
     device=None, # Where it predicts; None: the GPU where there is one
 ) -> ResNet: # Predicts; `on` gives it photos to train on
     "Load a saved model; runs no code of the file's. A `DataError` where it is not whole"
@@ -220,6 +221,7 @@ def load(cls:ResNet,
 
 @patch(cls_method=True)
 def _from(cls:ResNet, trained, device):
+    own_gpu()
     model, device = cls.__new__(cls), default_device() if device is None else device
     model._adopt(None, trained._replace(net=trained.net.to(device)))
     return model

@@ -128,7 +128,8 @@ def read_stats(
     "Read all training and validation photos once: colours of the training set, and bad photos"
     paths, n = photos['train'] + photos['val'], len(photos['train'])
     file = survey_file(paths)
-    total, count, rest = kept_survey(file) or (np.zeros((4, 4)), 0, np.arange(len(paths)))
+    kept = kept_survey(file, paths)
+    total, count, rest = kept or (np.zeros((4, 4)), 0, np.arange(len(paths)))
     moments, bad = np.zeros((0, 4, 4)), {}
     if len(rest): moments, bad = scan_photos(paths[rest], num_workers)    # bad ones are tried again
     bad, own = {int(rest[i]): why for i,why in bad.items()}, moments[rest < n]
@@ -184,9 +185,9 @@ def read_photos(
     with local_rank0_first():        # the others find what it has read
         root = resolve_data(data_path)
         photos = labelled_photos(root, labels, on_bad)
-        if stats is None or on_bad == 'skip':
-            own, photos = read_stats(photos, on_bad, num_workers)
-            stats = stats or own
+    if stats is None or on_bad == 'skip':                # shared out over the processes
+        own, photos = read_stats(photos, on_bad, num_workers)
+        stats = stats or own
     return root, photos, stats
 
 # %% ../nbs/03_data.ipynb #bef1dbe8

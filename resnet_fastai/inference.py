@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.torch_core import TensorImage
-from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -35,6 +34,7 @@ from .engine.photo import open_photo
 from .engine.precision import fast_precision
 from .engine.protocols import split_protocol
 from .engine.scores import error_rows
+from .engine.shared import shared_out
 from .engine.splits import labelled_split, model_parts
 
 # %% ../nbs/05_inference.ipynb #846c2e87
@@ -283,8 +283,9 @@ def evaluate(
     probs, labels = {}, parts.labels if per_class else None
     crops = [p for p in wanted if not p.startswith('dense')]
     for some in [crops]*bool(crops) + [[p] for p in wanted if p not in crops]:
-        found = _answers(parts, photos, some, lighting, average, precision, num_workers)
-        probs |= zip(some, np.stack(list(progress_bar(found, total=len(photos), leave=False)), 1))
+        ask = lambda ps: _answers(parts, ps, some, lighting, average, precision, num_workers)
+        what = parts.net, parts.stats, parts.size, some, lighting, average, precision
+        probs |= zip(some, np.stack(shared_out(ask, photos, what), 1))
     rows = [row for p in wanted for row in error_rows(p, probs[p], targ, labels)]
     text = lambda k: object if k == 'label' else None             # a label is any text
     return pd.DataFrame({k: pd.Series([r[k] for r in rows], dtype=text(k)) for k in rows[0]})

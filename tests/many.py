@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
 import zlib
@@ -23,6 +24,9 @@ from torch import nn  # noqa: E402
 
 from resnet_fastai.core import ResNet  # noqa: E402
 from resnet_fastai.engine.layout import DataPaths  # noqa: E402
+from resnet_fastai.engine.shared import Answers  # noqa: E402
+from resnet_fastai.engine.survey import scan_photos  # noqa: E402
+from resnet_fastai.practice.prepare import check_data  # noqa: E402
 from resnet_fastai.training import PlateauLR  # noqa: E402
 
 torch.set_num_threads(1)
@@ -102,18 +106,46 @@ def resumed(paths, out, folder, die_at=None):
 
 
 class Diary(Callback):
-    "A line for each photo that is trained on: epoch, number, checksum of its pixels; all processes die before one update"
+    "A line for each photo that is trained on: epoch, number, checksum of its pixels; all processes die before one update, or one is told to end (t)"
     order = -20
     def __init__(self, to, die_at): self.to, self.die_at, self.updates = to, die_at, 0
     def before_train(self): self.at = 0
     def after_step(self): self.updates += 1
     def before_batch(self):
         if not self.training: return
-        if self.updates == self.die_at: os.kill(os.getpid(), signal.SIGKILL)
+        if self.die_at and self.updates == int(self.die_at[-1]):
+            if self.die_at[0] != 't': os.kill(os.getpid(), signal.SIGKILL)
+            elif rank == ranks - 1 and not self.stopping: os.kill(os.getpid(), signal.SIGTERM)
         idxs = self.dls.train._DataLoader__idxs[self.at:self.at + len(self.xb[0])]
         self.at += len(idxs)
         with open(self.to, 'a') as f:
             f.write(''.join(f'{self.epoch} {i} {zlib.crc32(x.contiguous().numpy().tobytes())}\n' for i, x in zip(idxs, self.xb[0])))
+
+
+class Disasters(Callback):
+    "Alone until the scheduler wants the place for two; then on the second machine, one a start: a killed rank, one that hangs, the machine's end"
+    def __init__(self, folder): self.folder, self.updates = folder, 0
+    def after_step(self): self.updates += 1
+    def before_batch(self):
+        if not self.training or not self.updates: return
+        if ranks == 1 and not self.happened('alone'):
+            while not self.stopping: time.sleep(.1)                      # SIGTERM
+        elif ranks == 2 and os.environ['MACHINE'] == '2':
+            if not self.happened('killed'): os.kill(os.getpid(), signal.SIGKILL)
+            if not self.happened('hung'): os.kill(os.getpid(), signal.SIGSTOP)
+            if not self.happened('lost'):
+                for pid in os.getppid(), os.getpid(): os.kill(pid, signal.SIGKILL)
+
+    def happened(self, what):
+        try: (self.folder/what).touch(exist_ok=False)
+        except FileExistsError: return True
+
+
+def elastic(paths, out, folder):
+    "A run that is started again and again by torchrun"
+    m = model(paths, plain=True, micro_bs=1, run_folder=folder/'elastic', every=1, cbs=[Diary(f'{out}.txt', None), Disasters(folder)])
+    m.fit(3, resume=True)
+    torch.save(dict(weights=weights(m), rows=m.learn.history.rows), out)
 
 
 def moving(paths, out, folder, die_at):
@@ -150,6 +182,47 @@ def stopped(paths, out, folder):
     except KeyboardInterrupt: torch.save(dict(weights=weights(m), files=len(m.learn.checkpoint.files())), out)
 
 
+def tables(paths, out, folder):
+    "What is asked of many photos"
+    look = sorted((folder/'faulty').rglob('*.jpg'))
+    os.environ['FASTAI_HOME'] = str(folder/f'home-{ranks}')              # what another number has found is not known there
+    m = model(paths, n_out=None, lr=.1, patience=9)
+    colours, (moments, bad) = m.stats.as_dict(), scan_photos(look, num_workers=0)
+    loaded = ResNet.load(folder/'model') if (folder/'model').exists() else trained(m, folder/'model')
+    where = dict(data_path=paths.data_path, label_path=paths.label_path, protocol=['1crop', '10crop'], precision='fp32')
+    torch.save(dict(colours=colours, moments=moments, bad=bad, errors=loaded.evaluate(split='val', **where),
+                    classes=loaded.evaluate(split='train', per_class=True, **where), threads=torch.get_num_threads(),
+                    problems=check_data(folder/'faulty', paths.label_path, paths.label_encoding, num_workers=0),
+                    memory=loaded.predict_folder(look, n=3, protocol='1crop', precision='fp32'),
+                    rows=loaded.predict_folder(folder/'faulty', dest=f'{out}.csv', n=3, protocol='1crop', precision='fp32')), out)
+
+
+def trained(m, folder):
+    m.fit(5)
+    m.save(folder)
+    return ResNet.load(folder)
+
+
+def begun(paths, out, folder, ask, die_at=None):
+    "A question that is shared out; the last process dies after so many blocks of two photos"
+    asked, had, flush, ask_, init = [], [], Answers.flush, Answers.ask, Answers.__init__
+    def opening(self, folder):
+        init(self, folder, 2, 20)
+        had.append(len(self))
+    def counting(self, *args):
+        asked.extend(args[2])
+        ask_(self, *args)
+    def dying(self):
+        self.blocks = getattr(self, 'blocks', 0) + 1
+        flush(self)
+        if self.blocks == die_at and rank == ranks - 1: os.kill(os.getpid(), signal.SIGKILL)
+    Answers.ask, Answers.flush, Answers.__init__ = counting, dying, opening
+    loaded = ResNet.load(folder/'model')
+    if ask == 'predict': found = loaded.predict_folder(folder/'faulty', dest=folder/'begun.csv', n=2, protocol='1crop', precision='fp32')
+    else: found = loaded.evaluate(split='train', data_path=paths.data_path, label_path=paths.label_path, protocol='1crop', precision='fp32')
+    torch.save(dict(found=found, asked=asked, had=had), out)
+
+
 def forked(jobs, folder):
     "Jobs one after the other, like '2:moving' for two processes; forked, so that they import nothing; ended as torchrun ends them. Prints the exit codes"
     for job in jobs:
@@ -183,7 +256,10 @@ def main(what, folder):
     if what == 'everything': everything(paths, out)
     elif what == 'untouched': resumed(paths, out, folder/'run-untouched')
     elif what.startswith('killed'): resumed(paths, out, folder/'run-killed', die_at=5 if what == 'killed' else None)
-    elif what.startswith('moving'): moving(paths, out, folder/what.split('-')[1], int((what.split('-') + [-1])[2]))
+    elif what.startswith('moving'): moving(paths, out, folder/what.split('-')[1], (what.split('-') + [''])[2])
+    elif what == 'elastic': elastic(paths, out, folder)
+    elif what == 'tables': tables(paths, out, folder)
+    elif what.startswith('begun'): begun(paths, out, folder, what.split('-')[1], int((what.split('-') + [0])[2]))
     elif what == 'failing': failing(paths, out, folder/'run-failing')
     elif what.startswith('different'): different(paths, out, folder, what.partition('-')[2])
     elif what == 'small': model(paths, bs=3)
@@ -192,5 +268,5 @@ def main(what, folder):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) > 3: forked(sys.argv[1:-1], Path(sys.argv[-1]))
+    if ':' in sys.argv[1]: forked(sys.argv[1:-1], Path(sys.argv[-1]))
     else: main(sys.argv[1], Path(sys.argv[2]))

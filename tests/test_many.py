@@ -2,6 +2,9 @@
 import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +13,11 @@ import pandas as pd
 import pytest
 import torch
 
-from patience import run
+from patience import run, until
 from resnet_fastai.data import demo_data
 from resnet_fastai.engine.checkpoint import Checkpoint, share_of
 from resnet_fastai.engine.loader import PhotoDL
+from resnet_fastai.engine.lock import lock_folder, unlock_folder
 
 program = Path(__file__).parent/'many.py'
 
@@ -93,10 +97,17 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on_to_the_same_bits(fold
     assert len((folder/'run-killed'/'history.csv').read_text().splitlines()) == 4
 
 
-def test_another_number_of_processes_goes_on_at_the_next_photo_that_nobody_had(folder):
+@pytest.fixture(scope='module')
+def moved(folder):
+    "Runs that other numbers of processes go on with, and one that nobody touches: their exit codes"
+    codes, said = forked(folder, '1:moving-still', '2:moving-moved-k5', '4:moving-moved-k5', '1:moving-moved', '2:moving-preempted-t6', '1:moving-preempted')
+    assert len(codes) == 6, said
+    return codes
+
+
+def test_another_number_of_processes_goes_on_at_the_next_photo_that_nobody_had(folder, moved):
     "Killed on 2 processes in the second epoch, on 4 in the third, ended by 1: the photos, crops and weights of one that nobody touched"
-    codes, said = forked(folder, '1:moving-still', '2:moving-moved-5', '4:moving-moved-5', '1:moving-moved')
-    assert codes == [[0], [-9, -9], [-9]*4, [0]], said
+    assert moved[:4] == [[0], [-9, -9], [-9]*4, [0]]
     lines = {what: sorted(line for p in folder.glob(f'moving-{what}*.txt') for line in p.read_text().splitlines()) for what in ('still', 'moved')}
     assert len(lines['still']) == 3*42 and lines['moved'] == lines['still']
     still, moved = left(1, 'moving-still', folder)[0], left(1, 'moving-moved', folder)[0]
@@ -106,6 +117,23 @@ def test_another_number_of_processes_goes_on_at_the_next_photo_that_nobody_had(f
     assert rows.processes.tolist() == [2, 4, 1] and 'processes' not in still['rows'][0]
     resumes = pd.read_csv(folder/'moved'/'resumes.csv')
     assert resumes[['epochs', 'photos', 'before', 'processes']].values.tolist() == [[1, 12, 2, 4], [2, 24, 4, 1]]
+
+
+def test_sigterm_to_one_of_them_writes_a_checkpoint_and_ends_them_all(folder, moved):
+    "Before preemption; and then fewer processes have exactly what is left"
+    assert moved[4][1] == -signal.SIGTERM and moved[4][0] and moved[5] == [0]
+    lines = sorted(line for p in folder.glob('moving-preempted*.txt') for line in p.read_text().splitlines())
+    assert lines == sorted((folder/'moving-still-1-0.pt.txt').read_text().splitlines())
+    resumes = pd.read_csv(folder/'preempted'/'resumes.csv')
+    assert resumes[['epochs', 'photos', 'before', 'processes']].values.tolist() == [[1, 36, 2, 1]]      # after the update that had begun
+
+
+def test_two_jobs_in_one_folder_are_refused(folder):
+    (folder/'busy').mkdir()
+    lock_folder(folder/'busy')
+    try: codes, said = forked(folder, '2:moving-busy')
+    finally: unlock_folder(folder/'busy')
+    assert all(codes[0]) and f'busy is in use by process {os.getpid()}' in said and not list((folder/'busy').glob('checkpoint*'))
 
 
 def test_a_last_update_that_the_processes_would_have_joined_to_the_one_before():

@@ -40,8 +40,21 @@ def test_each_problem_is_found_and_nothing_is_changed(drawn, edit):
     assert set(zip(found['problem'], found['split'], found['photo'])) == {
         ('truncated', 'train', 'train/train_00001.jpg'), ('unreadable', 'val', 'val/val_00001.jpg'), ('same photo in two splits', 'val', 'val/val_00002.jpg'),
         ('suspicious size', 'train', 'train/train_00002.jpg'), ('no label', 'train', 'train/stranger.png'), ('unknown label', 'val', 'val/val_00003.jpg'),
-        ('unknown label', 'train', 'train/train_00004.jpg'), ('no photo', '', 'gone')}
+        ('unknown label', 'train', 'train/train_00004.jpg'), ('no photo', '', 'gone'), ('nearly the same photo in two splits', 'test', 'test/secret.jpg')}
     assert dict(zip(found['problem'], found['detail']))['same photo in two splits'] == 'also train/train_00000.jpg'
+
+
+def test_ids_and_labels_that_can_be_meant_otherwise(drawn, edit):
+    train_, val = drawn.data_path/'train', drawn.data_path/'val'
+    (train_/'more').mkdir()
+    (train_/'train_00006.jpg').rename(train_/'more'/'x.jpg')
+    (val/'x.jpg').write_bytes((train_/'train_00007.jpg').read_bytes()[:-2] + b'  \xff\xd9')     # two photos called x
+    (train_/'train_00006').write_bytes((train_/'train_00007.jpg').read_bytes())                   # the suffix got lost
+    edit(drawn.label_path, lambda o: o | {'x': 'dots', 'train_00003': 'Dots'})
+    found = check_data(*drawn, num_workers=0)
+    assert sorted(found['problem']) == sorted(['duplicate id', 'no photo by its name', 'no photo', 'unknown label', 'labels alike',
+                                                  'nearly the same photo in two splits'])
+    with pytest.raises(DataError, match="'a' and 'b' the same index 0"): check_data(drawn.data_path, drawn.label_path, {'a': 0, 'b': 0})
 
 
 def test_training_stops_or_skips(drawn, capsys):
@@ -89,6 +102,19 @@ def test_shrinking_goes_on_after_a_kill(large, tmp_path):
 def test_the_colours_stay(large, tmp_path):
     a, b = (ColorStats.fit(list_photos(f), num_workers=0) for f in (large, shrink_photos(large, tmp_path/'small', num_workers=0)))
     assert np.abs(a.mean - b.mean).max() < .002 and np.abs(a.eigval/b.eigval - 1).max() < .02
+
+
+def test_large_photos_are_written_upright_and_the_rest_is_linked(large, tmp_path, capsys):
+    turned, whole = Image.Exif(), Image.new('RGB', (1200, 900), 'green')
+    turned[0x0112] = 6
+    whole.save(large/'train'/'turned.JPG', exif=turned)
+    whole.resize((640, 480)).save(large/'train'/'small.png')
+    (large/'train'/'broken.jpg').write_text('no photo')
+    (large/'labels.json').write_text('{}')
+    small = shrink_photos(large, tmp_path/'small', num_workers=0)
+    assert Image.open(small/'train'/'turned.JPG').size == (480, 640) and not Image.open(small/'train'/'turned.JPG').getexif().get(0x0112)
+    assert all((small/name).samefile(large/name) for name in ('train/small.png', 'train/broken.jpg', 'labels.json'))
+    assert "1 that cannot be read linked as they are (first: 'train/broken.jpg'" in capsys.readouterr().out
 
 
 def test_a_changed_photo_is_shrunk_anew(large, tmp_path):

@@ -18,7 +18,7 @@ lessons = '0[1-6]_*.ipynb'
 limits = dict(cells=(1, 45), exported=(0, 250), width=(0, 100), function=(0, 40), exercises=(5, 8), words_for_10=(30, None),
               cells_a_figure=(0, 15), screen=(0, 900))
 # From the bottom up: a module imports from its own floor and from those below. The commands of the shell call everything.
-floors = ('engine',), ('model',), ('augment',), ('data',), ('training',), ('inference',), ('practice',), ('core',), ('practice.cli',)
+floors = ('engine',), ('model',), ('augment',), ('data',), ('training',), ('inference',), ('practice',), ('core',), ('practice.cli',), ('__main__',)
 
 
 # --- Notebooks

@@ -1,6 +1,8 @@
 """A folder for what is fetched or computed once; also where there is no home that can be written."""
+import configparser
 import os
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,10 +22,17 @@ def _fallback():
     return folder
 
 
+def _fastais():
+    "fastai's data folder; the usual one where another process is just writing what names it"
+    with suppress(configparser.Error):
+        if folder := fastai_path('data'): return folder
+    return Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'data'
+
+
 def cache_folder() -> Path:
     "fastai's data folder, or a temporary one where it cannot be written, as in a container without a home"
     try:
-        folder = fastai_path('data')
+        folder = _fastais()
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK): return folder
     except OSError: pass

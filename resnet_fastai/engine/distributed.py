@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import first_difference, run_identity
 from .files import DataError
 from .loader import join_processes
+from .shared import of_all, on_rank0
 
 
 class ManyProcesses(Callback):
@@ -97,21 +98,13 @@ class ManyProcesses(Callback):
         value, # Anything that can be pickled
     ) -> list: # One a process
         "What each process has"
-        values = [None]*dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return values
+        return of_all(value, patient=False)
 
     def on_rank0(self,
         f, # A function without arguments
     ):
         "What the first process's `f()` returns, or the error it raises, in every process"
-        box = [None, None]
-        if not rank_distrib():
-            try: box[0] = f()
-            except DataError as e: box[1] = e
-        dist.broadcast_object_list(box)
-        if box[1]: raise box[1]
-        return box[0]
+        return on_rank0(f, patient=False)
 
 
 def distribute(

@@ -23,7 +23,7 @@ from PIL import Image
 
 from .balance import balanced_order
 from .batching import prefetch
-from .files import DataError
+from .files import DataError, quote
 from .layout import photo_inputs, PhotoList, PhotoPath
 
 
@@ -145,12 +145,25 @@ class PhotoDL(TfmdDL):
             for t in drawing: del t.rng                               # another loader's draws are not ours
 
 
+def own_gpu() -> bool: # Are there any?
+    "Let each of several processes use a GPU of its own; where a scheduler shows each only one, that"
+    gpus = torch.cuda.is_available()
+    if gpus and num_distrib() > 1: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
+    return gpus
+
+
 def join_processes():
     "Join the processes that `torchrun` or `accelerate launch` has started with this one; nothing where it is alone"
     if num_distrib() < 2 or dist.is_initialized(): return
-    gpus = torch.cuda.is_available()
-    if gpus: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+    gpus = own_gpu()
+    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', timeout=_timeout())
+
+
+def _timeout():
+    "How long a process waits for the others in training; a rank that hangs for longer ends the job, and torchrun begins again"
+    seconds = os.environ.get('RESNET_FASTAI_TIMEOUT', '600')
+    if not seconds.isdigit() or int(seconds) < 1: raise DataError(f"RESNET_FASTAI_TIMEOUT is {quote(seconds)}; it must be a whole number of seconds")
+    return timedelta(seconds=int(seconds))
 
 
 @contextmanager

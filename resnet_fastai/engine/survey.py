@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from .batching import prefetch
 from .cache import cache_folder
 from .files import PhotoError, write_json
 from .layout import PhotoList, stamp
 from .loader import each_photo
 from .photo import Photo
+from .shared import have_same_photos, on_rank0, shared_out
 
 
 def color_moments(
@@ -46,9 +48,10 @@ def scan_photos(
     paths:list, # Photos
     num_workers:int|None=None, # Threads; 0: none; None: one a core
 ) -> tuple: # ((4,4,n) moments, zeros where a photo is bad; {place: why it cannot be read})
-    "Decode every photo once, with a progress bar: its colour moments, and which ones are bad"
+    "Decode every photo once, with a progress bar: its colour moments, and which ones are bad; several processes share the work"
     moments, bad = np.zeros((len(paths), 4, 4)), {}
-    for i,m in enumerate(each_photo(_moments, paths, num_workers)):
+    ask = lambda some: prefetch(_moments, some, num_workers, single=True)
+    for i,m in enumerate(shared_out(ask, paths, ['moments']) if have_same_photos(paths) else each_photo(_moments, paths, num_workers)):
         if isinstance(m, str): bad[i] = m
         else: moments[i] = m
     return moments, bad
@@ -81,8 +84,13 @@ def survey_file(
 
 def kept_survey(
     file:Path, # Of `survey_file`
+    photos, # Paths; processes that have the same ones take what the first process has kept
 ) -> tuple|None: # (summed moments (4,4), photos in them, places of the photos that could not be read); None where nothing usable is kept
     "What `keep_survey` wrote"
+    return on_rank0(lambda: _kept(file)) if have_same_photos(photos) else _kept(file)
+
+
+def _kept(file):
     try:
         kept = json.loads(file.read_text(encoding='utf-8'))
         return np.array(kept['moments'], float).reshape(4, 4), int(kept['n_photos']), np.array(kept['bad'], int)

@@ -25,7 +25,7 @@ Exit codes:
   0    all is well
   1    your files or data: a sentence on stderr begins with "error:"; or `check` found something
   2    the command line
-  3    `predict`: some photos cannot be read, the others are named
+  3    `predict`: some photos cannot be read, the others are named (0 in several processes)
   130  stopped by Ctrl-C or SIGTERM; `train`, `resume` and `demo` leave a checkpoint and say how to go on"""
 
 app = typer.Typer(help='Deep residual learning on your own photos: the ResNet paper from a shell.', epilog=_epilog,
@@ -95,6 +95,8 @@ def _at_sigterm(do):
         if mine: signal.signal(signal.SIGTERM, old)
 
 
+def _rank(): return int(os.environ.get('RANK', 0))
+
 @contextmanager
 def answering(
     as_json:bool, # The answer as JSON?
@@ -102,6 +104,7 @@ def answering(
 ): # Yields answer(obj, text), which prints one of them
     "Print the answer to stdout and the rest to stderr; end with a sentence and an exit code where there is none"
     out, aside = sys.stdout, sys.stdout if log and not as_json else sys.stderr
+    if _rank(): out = aside = open(os.devnull, 'w')           # of several processes, the first one speaks
     def answer(obj, text): print(json.dumps(obj, indent=1, default=str) if as_json else text, file=out, flush=True)
     try:
         with _at_sigterm(signal.default_int_handler), redirect_stdout(aside if aside.isatty() else LogStream(aside)): yield answer
@@ -258,7 +261,7 @@ def stats(
         if save and save.exists(): raise DataError(f'{save} exists already; name a new file with --save')
         if save and not save.parent.is_dir(): raise DataError(f'{save.parent} is not a folder; name a file in a folder that exists with --save')
         found = ColorStats.fit(training_photos(resolve_data(data_path)))
-        if save: found.save(save)
+        if save and not _rank(): found.save(save)
         answer(found.as_dict(), _colors(found))
 
 
@@ -311,7 +314,8 @@ def _read_args(run):
 def _alone():
     from resnet_fastai.engine.files import DataError
     if os.environ.get('WORLD_SIZE', '1') != '1':
-        raise DataError('this command trains in one process; for several, let torchrun start a Python script that calls train(…), as chapter 4b shows')
+        raise DataError('this command trains in one process; for several, let torchrun start a Python script that calls train(…), '
+                        'as the guide "Several GPUs" shows')
 
 
 def _ready(args, run):
@@ -503,6 +507,10 @@ def _answers(net, photos, n, to, min_prob=None):
     return [dict(photo=r['id'], error=r['error'] or None, labels=best(r)) | (dict(sure=r['sure'] == 'yes') if r.get('sure') else {}) for r in rows]
 
 
+def _unless_many(code):
+    "torchrun takes every exit code but 0 for a crash, and would begin again"
+    return code if os.environ.get('WORLD_SIZE', '1') == '1' else 0
+
 def _named(values): return [dict(label=label, prob=prob) for label,prob in zip(values[::2], values[1::2])]
 
 
@@ -510,7 +518,7 @@ def _named(values): return [dict(label=label, prob=prob) for label,prob in zip(v
 def _predict(
     model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
     photos: Annotated[list[Path], typer.Argument(help='Photos, or folders of photos')],
-    n: Annotated[int, typer.Option('--n', min=1, help='How many labels for each photo')] = 1,
+    n: Annotated[int, typer.Option('--n', '-n', min=1, help='How many labels for each photo')] = 1,
     to: Annotated[Optional[Path], typer.Option('--csv', help='A file for the answers: id, label_1, prob_1, …, error; begun, or gone on with')] = None,
     min_prob: Annotated[Optional[float], typer.Option(min=0, max=1, help='A first label that is less probable is marked "not sure"; without it as `calibrate --precision` has found')] = None,
     as_json: Json = False,
@@ -528,7 +536,7 @@ def _predict(
                  for f in found for i,o in enumerate(f['labels'])]
         if to: lines = [f'{len(found):,} photos in {plain(to)}, {len(bad):,} of which cannot be read']
         if lines or as_json: answer(found, '\n'.join(lines))
-        if bad: raise typer.Exit(1 if len(bad) == len(found) else 3)
+        if bad: raise typer.Exit(1 if len(bad) == len(found) else _unless_many(3))
 
 @app.command('calibrate', short_help='probabilities that mean what they say, and "not sure"')
 def _calibrate(
@@ -576,3 +584,26 @@ def _export(
         from resnet_fastai.core import ResNet
         file = ResNet.load(model).export(dest, format=format.value, overwrite=overwrite)
         answer(dict(file=file, format=format.value), f'written: {plain(file)}')
+
+
+@app.command('app', short_help='a saved model as a page for a browser')
+def _app(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model, or hf:USER/NAME of Hugging Face's hub")],
+    port: Annotated[Optional[int], typer.Option(min=0, max=65535, help='Without it 7860, or the next that is free')] = None,
+    host: Annotated[str, typer.Option(help='Who can reach the page: 127.0.0.1 this computer, 0.0.0.0 every machine of the network')] = '127.0.0.1',
+    examples: Annotated[Optional[Path], typer.Option(help='A folder of photos to begin with')] = None,
+    min_prob: Annotated[Optional[float], typer.Option(min=0, max=1, help='Below this probability the page is "not sure"; without it as '
+                                                                         '`calibrate --precision` has found')] = None,
+    max_photos: Annotated[int, typer.Option(min=1, help='Photos at a time')] = 200,
+    max_mb: Annotated[int, typer.Option(min=1, help='Size of a photo, MB')] = 20,
+    as_json: Json = False,
+):
+    """Show a saved model as a page: drop photos, see their labels, the crops that voted and where the evidence lies. Needs resnet_fastai[app].
+    Nothing is sent to anybody else; Ctrl-C ends the page.
+
+    Example: resnet-fastai app flowers"""
+    with answering(as_json) as answer:
+        from resnet_fastai.core import ResNet
+        from resnet_fastai.practice.app import Limits, serve
+        tell = lambda url: answer(dict(url=url, model=model), f'open {url} in a browser; Ctrl-C ends the page')
+        serve(ResNet.load(model), host, port, examples, min_prob, Limits(max_photos, max_mb), tell)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastai.torch_core import num_distrib
 from fastprogress.fastprogress import progress_bar
 
 from ..engine.calibration import check_min_prob, tempered
@@ -21,6 +22,7 @@ from ..engine.fast_net import _bare, weights_hash
 from ..engine.fetch import resolve_data
 from ..engine.files import DataError, PhotoError, atomic_write, quote, write_json
 from ..engine.layout import folder_photos, PhotoList
+from ..engine.shared import on_rank0, shared_out, some_of
 from ..engine.splits import model_parts
 from ..engine.protocols import split_protocol
 from ..inference import _answers
@@ -170,7 +172,8 @@ def predict_folder(
     bs:int|None=None, # Crops that go through the network at a time; None: as many as suit the hardware
     min_prob:float|None=None, # A first label that is less probable is not sure; None: as the model's `threshold` has found
 ) -> pd.DataFrame: # id, label_1, prob_1, …, sure ('yes' or 'no', where there is a threshold), error: why a photo cannot be read, '' for the others
-    "The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too)"
+    """The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too).
+    Several processes share the photos, and what one that died has found is kept in DEST.parts"""
     parts = model_parts(model)
     protocol = protocol or parts.protocol
     split_protocol(protocol, parts.size)                                       # or its error
@@ -183,15 +186,35 @@ def predict_folder(
         raise DataError("this model has not been trained; call fit() first, or load a saved model")
     min_prob = parts.min_prob if min_prob is None else check_min_prob(min_prob)
     photos,name,folder = _named_photos(photos)
-    rows = _open_rows(dest, n, _origin(parts, n, protocol, folder, min_prob), min_prob) if dest is not None else None
+    shown,how = (n, min_prob),(protocol, precision, num_workers, bs)
+    open_rows = lambda: _open_rows(dest, n, _origin(parts, n, protocol, folder, min_prob), min_prob) if dest is not None else None
+    if num_distrib() > 1 or dest is not None and Path(f'{dest}.parts').exists(): return _predict_together(parts, photos, name, shown, how, dest, open_rows)
+    rows = open_rows()
     todo = _left(photos, name, rows.ids() if rows else Counter())
-    some = _work(parts, photos, todo, name, (n, min_prob), (protocol, precision, num_workers, bs), rows) if todo else []
-    if rows is None: return _table(some, n, min_prob)
+    some = _work(parts, photos, todo, name, shown, how, rows) if todo else []
+    return _table(some, *shown) if rows is None else _finished(rows, dest, *shown)
+
+
+def _finished(rows, dest, n, min_prob):
+    "The table of a file of rows that has them all"
     if str(dest).endswith('.parquet') and not _newer(dest, rows.dest): _write_parquet(rows.dest, dest, n, min_prob)
     return _table(rows.dest, n, min_prob)
 
 
-def _some(photos, places): return (photos[i] for i in (photos.read_ahead(places) if isinstance(photos, PhotoList) else places))
+def _predict_together(parts, photos, name, shown, how, dest, open_rows, block=10_000):
+    "Each process asks about a share; the first one writes the rows, in the photos' order"
+    rows = None
+    def begin():
+        nonlocal rows
+        rows = open_rows()
+        return list(_left(photos, name, rows.ids() if rows else Counter()))
+    def write(found):
+        for k in range(0, len(todo), block): rows.add([[name(photos[i]), *row] for i,row in zip(todo[k:k+block], found[k:k+block])])
+    todo = on_rank0(begin)
+    of = parts.net, parts.stats, parts.size, parts.labels.encoding, parts.temperature, *shown, *how[:2]
+    found = shared_out(lambda some: map(tuple, _told(parts, some, how, shown)), photos, of, todo, dest and Path(f'{dest}.parts'), dest and write)
+    if dest is None: return _table([[name(photos[i]), *row] for i,row in zip(todo, found)], *shown)
+    return on_rank0(lambda: _finished(rows, dest, *shown))
 
 
 def _left(photos, name, done):
@@ -218,17 +241,22 @@ def _open_rows(dest, n, what, min_prob=None):
     return ResumableCSV(f'{dest}.csv', _columns(n, min_prob), what)
 
 
-def _work(parts, photos, todo, name, shown, how, rows, block=200, seconds=20):
-    "Ask about photos; give their rows to `rows` in blocks, or return them"
+def _told(parts, some, how, shown):
+    "A row without its id for each photo"
     protocol, precision, num_workers, bs = how
     known = (list(parts.labels.encoding), np.array(list(parts.labels.encoding.values())))
-    found = _answers(parts, _some(photos, todo), [protocol], False, 'probs', precision, num_workers, bs, skip=PhotoError)
+    for probs in _answers(parts, some, [protocol], False, 'probs', precision, num_workers, bs, skip=PhotoError):
+        yield _row('', probs if isinstance(probs, Exception) else tempered(probs, parts.temperature), known, *shown)[1:]
+
+
+def _work(parts, photos, todo, name, shown, how, rows, block=200, seconds=20):
+    "Ask about photos; give their rows to `rows` in blocks, or return them"
+    found = _told(parts, some_of(photos, todo), how, shown)
     bar, some, start = progress_bar(found, total=len(todo), leave=False), [], time.perf_counter()
     saved = start
     try:
-        for k,(probs,i) in enumerate(zip(bar, todo), 1):                        # the bar first: it is to see its end
-            if not isinstance(probs, Exception): probs = tempered(probs, parts.temperature)
-            some.append(_row(name(photos[i]), probs, known, *shown))
+        for k,(row,i) in enumerate(zip(bar, todo), 1):                          # the bar first: it is to see its end
+            some.append([name(photos[i]), *row])
             bar.comment = f'{k/(time.perf_counter() - start):.1f} photos/s'
             if rows and (len(some) >= block or time.perf_counter() - saved > seconds): some, full, saved = [], some, time.perf_counter(); rows.add(full)
     finally:
