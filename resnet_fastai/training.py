@@ -242,9 +242,9 @@ class WarmUp(Callback):
         if self.over: self.opt.set_hyper('lr', self.full)
 
 # %% ../nbs/04_training.ipynb #39fa319a
-def _tell(learn, spec, decay, started, one_cycle):
+def _tell(learn, spec, decay, started, one_cycle, asked_lr):
     "What checkpoints and saved models want to know of a learner"
-    learn.decay,learn.weights,learn.one_cycle = decay,started,one_cycle
+    learn.decay,learn.weights,learn.one_cycle,learn.asked_lr = decay,started,one_cycle,asked_lr
     if (kind := learn.precision.kind) != 'fp32': spec['precision'] = kind
     learn.spec = spec | (dict(weights=started['sha256']) if started else {})
     return learn
@@ -300,4 +300,4 @@ def resnet_learner(
         dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,
         lr=default_lr(bs) if lr is None else lr, wd_bn_bias=decay != 'weights', cbs=cbs,
         metrics=[top1_error, *top5, *L(metrics)], train_bn=train_bn, splitter=stage_groups)
-    return _tell(learn, spec, decay, started, schedule == 'one_cycle')
+    return _tell(learn, spec, decay, started, schedule == 'one_cycle', lr)

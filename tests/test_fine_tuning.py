@@ -108,6 +108,18 @@ def test_it_is_what_fastai_does(way, begun, paths):
     assert not changed(a, b)
 
 
+@pytest.mark.parametrize('made, asked, bs, head', [({}, {}, 8, .03125), ({}, {}, 64, .1), (dict(lr=.02), {}, 8, .02), (dict(lr=.02), dict(lr=.3), 8, .3)])
+def test_the_heads_rate(made, asked, bs, head, begun, paths):
+    "None is ten times the paper's .1·bs/256, .1 at most; what somebody says counts as it is"
+    model = ResNet(*paths, weights=begun, **SETTINGS | dict(bs=bs) | made)
+    seen = []
+    class Rates(Callback):
+        def after_step(self): seen.append(self.opt.hypers[-1]['lr'])
+    model.learn.add_cb(Rates())
+    quietly(model, lambda m: m.fine_tune(1, **asked))
+    assert max(seen) <= head*(1 + 1e-6) and max(seen) > .4*head                  # in a few updates the peak itself is not always met
+
+
 def test_rates_fall_towards_the_stem(begun, paths):
     model = begun.on(*paths, **SETTINGS)
     seen = []

@@ -124,6 +124,7 @@ class ResumableLearner(Learner):
     "A `Learner` whose fit can begin in the middle, and which ends its update before it obeys Ctrl-C"
     first_epoch,rest,stopping,decay,spec,call = 0,None,False,'weights',None,None
     weights,restored,protocol,one_cycle = None,None,'50crop',False        # what it began with, the epoch it went back to, how it predicts
+    asked_lr = None                                        # the rate that it was made with; None: the paper's
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,5 @@
 """Fine-tuning: parameter groups by stage, BN of frozen layers, the head first and then everything, the best epoch's weights"""
+import numpy as np
 from fastai.callback.core import Callback
 from torch import nn
 
@@ -91,8 +92,8 @@ def fine_tune(
     learn, # Made by `resnet_learner`, with weights
     epochs:int, # Passes over the training photos with all layers, after those with the head alone
     freeze_epochs:int=1, # Passes with the head alone (and BN, unless the learner was made with train_bn=False)
-    lr:float|None=None, # Of the head; None: the learner's own. The stem's is `lr_mult` times smaller, the stages lie between
-    lr_mult:float=100, # The head's rate divided by the stem's
+    lr:float|None=None, # Of the head; None: what the learner was made with, or ten times the paper's rate for its batches, .1 at most
+    lr_mult:float=100, # The head's rate divided by the stem's; the stages lie between
     pct_start:float=.3, # Share of the epochs in which the rate rises
     div:float=5, # The highest rate divided by the first
     resume:bool=False, # Go on from the newest checkpoint; begin where there is none
@@ -100,7 +101,7 @@ def fine_tune(
     "Train the head, then all layers with rates that fall towards the stem; each is one cycle, as in fastai's `fine_tune`"
     for name,n,low in (('epochs', epochs, 1), ('freeze_epochs', freeze_epochs, 0)):
         if type(n) is not int or n < low: raise DataError(f"{name} is {n!r}; it must be a whole number from {low} on")
-    lr = float(learn.lr if lr is None else lr)
+    lr = float(next(v for v in (lr, learn.asked_lr, min(10*np.max(learn.lr), .1)) if v is not None))     # as nbs/experiments/fine_tuning.py found
     before, at = _where(learn, freeze_epochs, epochs) if resume else (len(learn.history.rows), 'beginning')
     if freeze_epochs and at != 'all layers':
         if at == 'head': learn.resume(before + freeze_epochs)
