@@ -213,7 +213,7 @@ def save(self:ResNet,
 
 @patch(cls_method=True)
 def load(cls:ResNet,
-    folder:str|Path, # What `save` wrote
+    folder:str|Path, # What `save` wrote, or 'hf:user/name' of Hugging Face
     device=None, # Where it predicts; None: the GPU where there is one
 ) -> ResNet: # Predicts; `on` gives it photos to train on
     "Load a saved model; runs no code of the file's. A `DataError` where it is not whole"

@@ -15,7 +15,7 @@ import pytest
 
 from patience import run, until
 
-commands = ['demo', 'split', 'check', 'stats', 'train', 'resume', 'evaluate', 'predict', 'export']
+commands = ['demo', 'split', 'check', 'stats', 'train', 'resume', 'evaluate', 'predict', 'export', 'app']
 small = '--arch cifar_resnet8 --size 32 --bs 8 --num-workers 0'.split()
 labelled = ['photos', 'photos/labels.json', 'photos/encoding.json']
 
@@ -138,7 +138,7 @@ def test_the_defaults_are_those_of_the_library():
     ['train', 'photos', 'photos/labels.json', '--model', 'm'], ['train', *labelled, '--model', 'm', '--epochs', 'two'],
     ['train', *labelled, '--model', 'm', '--bs', '0'], ['train', *labelled, '--model', 'm', '--precision', 'fp8'],
     ['evaluate', 'm', *labelled[:2], '--split', 'dev'], ['evaluate', 'm', *labelled[:2], '--protocol', '7crop'], ['predict', 'm'],
-    ['predict', 'm', 'a.jpg', '--n', '0'], ['export', 'm', 'd', '--format', 'coreml'], ['resume', 'r', '--epochs', '-1'], ['stats']])
+    ['predict', 'm', 'a.jpg', '--n', '0'], ['export', 'm', 'd', '--format', 'coreml'], ['resume', 'r', '--epochs', '-1'], ['stats'], ['app', 'm', '--min-prob', '2'], ['app']])
 def test_usage(shell, args):
     done = shell(*args)
     assert done.code == 2 and not done.out and 'Error: ' in done.err and 'Traceback' not in done.err, done
@@ -182,6 +182,8 @@ complaints = {
     'a file that is no photo': (['predict', 'untouched', 'text.txt'], 'text.txt'),
     'evaluate by no labels': (['evaluate', 'untouched', 'photos', 'none.json'], 'none.json cannot be read'),
     'export of nothing': (['export', 'empty', 'fresh'], 'empty'),
+    'a page of nothing': (['app', 'empty'], 'empty'),
+    'a page without examples': (['app', 'untouched', '--examples', 'empty'], 'empty holds no photos'),
 }
 
 

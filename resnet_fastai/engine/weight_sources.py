@@ -101,14 +101,18 @@ def _hub_file(repo, revision, name, needed=True):
                         "model.safetensors") from None
 
 
+def _need_hub(repo):
+    if find_spec('huggingface_hub') is None:
+        raise DataError(f'{repo} is a Hugging Face name, which needs huggingface_hub: pip install "resnet_fastai[hub]"; '
+                        'or download the file, and pass its path')
+
+
 def hub_weights(
     repo: str, # 'user/name'
     revision: str|None=None, # Branch, tag or commit; None: the newest
 ) -> Weights:
     "`Weights` of a Hugging Face repository: timm's, transformers' or of this project"
-    if find_spec('huggingface_hub') is None:
-        raise DataError(f'{repo} is a Hugging Face name, which needs huggingface_hub: pip install "resnet_fastai[hub]"; '
-                        'or download the file, and pass its path')
+    _need_hub(repo)
     join_processes()
     with local_rank0_first():
         config = _hub_file(repo, revision, 'config.json')
@@ -118,6 +122,24 @@ def hub_weights(
         for name in ('preprocessor_config.json', 'README.md'): _hub_file(repo, revision, name, needed=False)
     _same_blob(weights)
     return replace(read_folder(config.parent, repo), origin=f'Hugging Face {repo}, revision {config.parent.name[:12]}')
+
+
+def model_folder(
+    source: str|Path, # A folder, or 'hf:user/name', 'hf:user/name@revision'
+) -> Path:
+    "The folder of a saved model; one of Hugging Face's is fetched into its cache, config.json and model.safetensors only"
+    text = Path(source).as_posix()
+    if not (m := names.fullmatch(text)) or not text.startswith(('hf:', 'hf-hub:', 'hf_hub:')): return Path(source)
+    _need_hub(m[1])
+    join_processes()
+    with local_rank0_first():
+        config = _hub_file(m[1], m[2], 'config.json')
+        if not {'format', 'encoding', 'weights_sha256'} <= read_json_object(config).keys():
+            raise DataError(f"{m[1]} holds no model that this project saved; ResNet(…, weights={text!r}) starts from its weights, if it is a ResNet")
+        weights = _hub_file(m[1], m[2], 'model.safetensors')
+    _same_blob(weights)
+    if weights.parent != config.parent: raise DataError(f"{m[1]} has changed meanwhile; load it again, or name a revision: {text}@…")
+    return config.parent
 
 
 def _same_blob(path):

@@ -352,7 +352,7 @@ def _of_saved(folder, c):
         if c['format'] == 2 and c.get('sha256') != config_sum(c): raise ValueError("config.json has been changed since it was saved, or is damaged")
         state = saved_tensors(folder/'model.safetensors', c)
         return Weights(state, str(c['arch']), dict(c['net_args']), _three(c['stats']['mean'], 'mean', 'config.json'), (1., 1., 1.), int(c['size']),
-                       {str(k): int(i) for k,i in c['encoding'].items()}, f'the saved model {folder}', str(c['weights_sha256']), '', 'the model')
+                       {str(k): int(i) for k,i in c['encoding'].items()}, f'the saved model {folder}', str(c['weights_sha256']), _licence(folder), 'the model')
     except OSError as e: raise DataError(f"{folder} holds no saved model: {e.filename or folder}: {e.strerror or e}") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError, SafetensorError) as e:
         raise DataError(f"{folder} holds no whole model: {first_line(e, 300)}") from None

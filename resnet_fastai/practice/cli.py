@@ -584,3 +584,26 @@ def _export(
         from resnet_fastai.core import ResNet
         file = ResNet.load(model).export(dest, format=format.value, overwrite=overwrite)
         answer(dict(file=file, format=format.value), f'written: {plain(file)}')
+
+
+@app.command('app', short_help='a saved model as a page for a browser')
+def _app(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model, or hf:USER/NAME of Hugging Face's hub")],
+    port: Annotated[Optional[int], typer.Option(min=0, max=65535, help='Without it 7860, or the next that is free')] = None,
+    host: Annotated[str, typer.Option(help='Who can reach the page: 127.0.0.1 this computer, 0.0.0.0 every machine of the network')] = '127.0.0.1',
+    examples: Annotated[Optional[Path], typer.Option(help='A folder of photos to begin with')] = None,
+    min_prob: Annotated[Optional[float], typer.Option(min=0, max=1, help='Below this probability the page is "not sure"; without it as '
+                                                                         '`calibrate --precision` has found')] = None,
+    max_photos: Annotated[int, typer.Option(min=1, help='Photos at a time')] = 200,
+    max_mb: Annotated[int, typer.Option(min=1, help='Size of a photo, MB')] = 20,
+    as_json: Json = False,
+):
+    """Show a saved model as a page: drop photos, see their labels, the crops that voted and where the evidence lies. Needs resnet_fastai[app].
+    Nothing is sent to anybody else; Ctrl-C ends the page.
+
+    Example: resnet-fastai app flowers"""
+    with answering(as_json) as answer:
+        from resnet_fastai.core import ResNet
+        from resnet_fastai.practice.app import Limits, serve
+        tell = lambda url: answer(dict(url=url, model=model), f'open {url} in a browser; Ctrl-C ends the page')
+        serve(ResNet.load(model), host, port, examples, min_prob, Limits(max_photos, max_mb), tell)

@@ -30,9 +30,10 @@ from ..augment import ColorStats
 from ..data import LabelMap
 from ..engine.calibration import in_effect
 from ..engine.files import DataError, read_json_object, atomic_write
-from ..engine.weight_sources import read_weights
+from ..engine.weight_sources import model_folder, read_weights
 from ..engine.weights import config_sum, imagenet_mean, imagenet_std, json_bytes, misfit, saved_tensors, scaled
 from ..inference import paper_scales
+from .hub_card import front_matter
 from .protocol import protocol_scales
 from ..model import build_net
 
@@ -267,11 +268,11 @@ def model_card(
     config:dict, # What config.json holds
     most:int=100, # Labels that the card lists; all of them are in config.json
 ) -> str: # Markdown
-    "README.md: what a model is, how good it was, how to use it with this project and without"
+    "README.md: what a model is, how good it was, how to use it; at its head the YAML for Hugging Face's hub"
     c, encoding = config, sorted(config['encoding'].items(), key=lambda o: o[1])
     table = lambda rows: ''.join(f"| {_md(a)} | {_md(b)} |\n" for a,b in rows)
     more = f"\n… and {len(encoding) - most:,} more, in config.json.\n" if len(encoding) > most else ''
-    return (f"# {_md(c['arch'])} for {len(encoding):,} labels\n\nA residual network (He et al., 2015, arXiv 1512.03385) that says what is "
+    return (f"{front_matter(c)}# {_md(c['arch'])} for {len(encoding):,} labels\n\nA residual network (He et al., 2015, arXiv 1512.03385) that says what is "
             f"on a photo. The weights are in model.safetensors, all settings in config.json; neither can run code.\n\n"
             f"| | |\n|:--|:--|\n{table(_facts(c))}\n## With resnet_fastai\n\n```python\nfrom resnet_fastai.core import ResNet\n\n"
             f"ResNet.load('FOLDER').predict_n('PHOTO.jpg')\n```\n\n## Without\n\n{_without(c)}\n"
@@ -384,10 +385,10 @@ _strange = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
 
 
 def load_model(
-    folder:str|Path, # What `save_model` wrote
+    folder:str|Path, # What `save_model` wrote; or of Hugging Face's hub: 'hf:user/name', 'hf:user/name@revision'
 ) -> Trained: # On the CPU, ready to predict
     "Load a saved model; runs no code of the files'. A `DataError` where anything is missing, damaged or impossible"
-    folder = Path(folder)
+    folder = model_folder(folder)
     try:
         for name in ('config.json', 'model.safetensors'): _need(S_ISREG(os.stat(folder/name).st_mode), f"{name} is not a file")
         return _understood(folder)
