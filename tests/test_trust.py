@@ -3,6 +3,8 @@ import json
 import re
 import runpy
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,6 +24,7 @@ from resnet_fastai.engine.weights import config_sum
 from resnet_fastai.practice.cli import app
 from resnet_fastai.practice.look import top_labels
 
+experiments = Path(__file__).resolve().parent.parent/'nbs'/'experiments'
 pytestmark = pytest.mark.usefixtures('one_thread')
 tiny = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=8, num_workers=0, n_out=None, lr=.1, schedule='one_cycle', min_side=32, max_side=40)
 
@@ -344,3 +347,29 @@ def test_similar_photos(model, demo):
     assert model.similar(arrays[3], arrays, n=1).photo.tolist() == [3]           # an array is no file, so it is found itself
     with pytest.raises(DataError, match='24 photos'): model.similar(photos[2], photos, features=features[:5])
     with pytest.raises(DataError, match='pass a folder or a list'): model.similar(photos[2], photos[3])
+
+
+# ── Published networks on real pixels
+
+def test_stored_calibration():
+    "What the guide shows, from the bins beside it"
+    told = json.loads((experiments/'results'/'calibration.json').read_text())
+    assert len(told['nets']) == 4 and told['fitted_to'] == told['measured_on'] == 5000
+    for name, net in told['nets'].items():
+        for when in ('before', 'after'):
+            bins = {k: np.array(v) for k, v in net[when]['bins'].items()}
+            assert bins['photos'].sum() == 5000
+            assert (bins['photos']*np.abs(bins['confidence'] - bins['right'])).sum()/5000 == pytest.approx(net[when]['ece'], abs=2e-4), name
+            assert 1 - (bins['photos']*bins['right']).sum()/5000 == pytest.approx(net[when]['error'], abs=1e-4)
+        assert net['before']['error'] == net['after']['error'] and net['temperature'] > 2 and net['after']['ece'] < net['before']['ece']/3
+
+
+def test_a_published_network_is_too_sure(shared_data, tmp_path, monkeypatch):
+    "Its temperature, from photos of one half, helps on those of the other"
+    monkeypatch.syspath_prepend(str(experiments))
+    spec = spec_from_file_location('calibration_script', experiments/'calibration.py')
+    spec.loader.exec_module(script := module_from_spec(spec))
+    script.main([str(shared_data/'cifar10'), '--weights', str(shared_data/'cifar10_weights'), '--depths', '20', '--photos', '600', '--out', str(tmp_path/'c.json')])
+    net = json.loads((tmp_path/'c.json').read_text())['nets']['ResNet-20']
+    assert net['temperature'] > 1.5 and net['after']['log_loss'] < net['before']['log_loss'] and net['after']['ece'] < net['before']['ece']
+    assert net['before']['confidence'] > 1 - net['before']['error'] + .02
