@@ -413,7 +413,7 @@ def test_a_server_that_is_too_slow_or_gone(serve, at_once, monkeypatch):
 
 
 def test_a_failing_server_ends_a_training_in_a_sentence_and_is_no_bad_photo(drawn, serve, at_once, monkeypatch):
-    monkeypatch.setattr('resnet_fastai.data.kept_survey', lambda file: None)
+    monkeypatch.setattr('resnet_fastai.data.kept_survey', lambda file, photos: None)
     down = []
     server = serve(plan=lambda name, n, k: 'busy' if down and name.endswith('.tar') else None)
     model = ResNet(server.url, *drawn[1:], arch='cifar_resnet8', size=32, bs=8, micro_bs=8, num_workers=1, device='cpu', stats=stats)
