@@ -40,7 +40,7 @@ def test_each_problem_is_found_and_nothing_is_changed(drawn, edit):
     assert set(zip(found['problem'], found['split'], found['photo'])) == {
         ('truncated', 'train', 'train/train_00001.jpg'), ('unreadable', 'val', 'val/val_00001.jpg'), ('same photo in two splits', 'val', 'val/val_00002.jpg'),
         ('suspicious size', 'train', 'train/train_00002.jpg'), ('no label', 'train', 'train/stranger.png'), ('unknown label', 'val', 'val/val_00003.jpg'),
-        ('unknown label', 'train', 'train/train_00004.jpg'), ('no photo', '', 'gone')}
+        ('unknown label', 'train', 'train/train_00004.jpg'), ('no photo', '', 'gone'), ('nearly the same photo in two splits', 'test', 'test/secret.jpg')}
     assert dict(zip(found['problem'], found['detail']))['same photo in two splits'] == 'also train/train_00000.jpg'
 
 
@@ -52,7 +52,8 @@ def test_ids_and_labels_that_can_be_meant_otherwise(drawn, edit):
     (train_/'train_00006').write_bytes((train_/'train_00007.jpg').read_bytes())                   # the suffix got lost
     edit(drawn.label_path, lambda o: o | {'x': 'dots', 'train_00003': 'Dots'})
     found = check_data(*drawn, num_workers=0)
-    assert sorted(found['problem']) == sorted(['duplicate id', 'no photo by its name', 'no photo', 'unknown label', 'labels alike'])
+    assert sorted(found['problem']) == sorted(['duplicate id', 'no photo by its name', 'no photo', 'unknown label', 'labels alike',
+                                                  'nearly the same photo in two splits'])
     with pytest.raises(DataError, match="'a' and 'b' the same index 0"): check_data(drawn.data_path, drawn.label_path, {'a': 0, 'b': 0})
 
 

@@ -87,7 +87,7 @@ def fetch_index(
     folder = cache_folder()/'shards'/hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder/index_name).exists() or _sha256(folder/index_name) != header['index']:
-        of = header['photos']*(12 + header['width'])
+        of = min(header['photos']*(12 + header['width']), 4 << 30)
         found = reader.read(index_name, most=of, good=lambda data: hashlib.sha256(data).hexdigest() == header['index'])
         with atomic_write(folder/index_name) as part: part.write_bytes(found)
     with atomic_write(folder/header_name) as part:
@@ -117,7 +117,8 @@ def _open_files():
     "How many shards a process may keep open"
     try:
         import resource
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]//2
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return most//2 if most > 0 else 4096                          # -1: as many as it likes
     except (ImportError, ValueError, OSError): return 256
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from fastai.torch_core import rank_distrib
 from PIL import Image
@@ -18,23 +19,32 @@ from ..engine.label_files import alike, as_label, read_encoding, read_ids
 from ..engine.layout import _scan, link_photo, list_photos, split_photos, splits
 from ..engine.batching import prefetch
 from ..engine.loader import each_photo, join_processes, local_rank0_first
+from ..engine.near import nearest, side, small_grey
 from ..engine.photo import Photo, open_photo
 from ..engine.shared import shared_out
 from ..engine.shards import open_shards
 
 
 def _look(path):
-    "(what is wrong, size, digest) of a photo"
+    "(what is wrong, size, digest, small grey copy) of a photo"
     try:
         photo = Photo(path)
-        photo.pixels()
-        return None, photo.size, hashlib.sha256(photo.data).hexdigest()
-    except PhotoError as e: return str(e), None, None
+        small = small_grey(photo.pixels()[0])
+        return None, photo.size, hashlib.sha256(photo.data).hexdigest(), small
+    except PhotoError as e: return str(e), None, None, np.zeros((side, side), np.uint8)
 
 
 def _reading_problems(split, path, wrong, size):
     if wrong: yield 'truncated' if 'cut short' in wrong or 'truncated' in wrong else 'unreadable', split, path, wrong
     elif min(size) < 32 or max(size) > 10*min(size): yield 'suspicious size', split, path, f'{size[0]}×{size[1]} pixels'
+
+
+def _near_problems(photos, small, known):
+    "Photos that are nearly the same as one of another split, and not known to be the same file"
+    small = {s: np.array(copies, np.uint8).reshape(-1, side, side) for s,copies in small.items()}
+    for split,j,other,i,likeness in nearest(small):
+        if str(path := photos[split][j]) not in known:
+            yield 'nearly the same photo in two splits', split, path, f'like {photos[other][i]} ({likeness:.2f})'
 
 
 def _label_problems(photos, pairs, encoding):
@@ -61,14 +71,17 @@ def check_data(
     "Read every photo and match every label; what is wrong, before training finds out. Several processes share the reading"
     (pairs,_), (encoding,_) = read_ids(label_path), read_encoding(label_encoding)
     join_processes()
-    with local_rank0_first(): root, seen, rows = resolve_data(data_path), {}, []
+    with local_rank0_first(): root, seen, rows, small, twice = resolve_data(data_path), {}, [], {s: [] for s in splits}, set()
     photos = split_photos(root)
     of, paths = [s for s in splits for _ in photos[s]], photos['train'] + photos['val'] + photos['test']
-    found = shared_out(lambda some: prefetch(_look, some, num_workers, single=True), paths, ['check_data'])
-    for (wrong,size,digest),split,path in zip(found, of, paths):
+    found = shared_out(lambda some: prefetch(_look, some, num_workers, single=True), paths, ['check_data', side])
+    for (wrong,size,digest,copy),split,path in zip(found, of, paths):
         rows += _reading_problems(split, path, wrong, size)
+        small[split].append(copy)
         if digest and (first := seen.setdefault(digest, (split, path)))[0] != split:
+            twice.add(str(path))
             rows.append(('same photo in two splits', split, path, f'also {first[1]}'))
+    rows += _near_problems(photos, small, twice)
     rows += _label_problems(photos, pairs, encoding)
     rows += [('no photo by its name', s, p, 'left out') for s in splits if (root/s).is_dir() for p in sorted(_scan(root/s, photos=False))]
     if not rank_distrib(): print(f'{len(paths):,} photos read, {len(rows):,} problems')
