@@ -28,7 +28,8 @@ from .engine.batching import batch_size, batched_forward, prefetch
 from .engine.dense import Dense
 from .engine.fast_crop import cutter, short_size
 from .engine.fast_net import _bare, dtypes, inference_copy
-from .engine.files import _one_of, DataError
+from .engine.arguments import one_of
+from .engine.files import DataError
 from .engine.layout import photo_inputs
 from .engine.photo import open_photo
 from .engine.precision import fast_precision
@@ -274,7 +275,7 @@ def evaluate(
     num_workers:int|None=None, # Threads that decode photos; None: one a core
 ) -> pd.DataFrame: # protocol, [label,] photos, top1_error, top1_low, top1_high, top5_error, …
     "Top-1 and top-5 error on a split, by one or more of the test protocols"
-    _one_of('average', average, ('probs', 'logits'))
+    one_of('average', average, ('probs', 'logits'))
     parts = model_parts(model)
     protocol = protocol or parts.protocol       # 50 crops, unless another was chosen
     wanted = [protocol] if isinstance(protocol, str) else list(protocol)

@@ -1,4 +1,4 @@
-"The lessons keep their limits and imports run downwards; tools/book.py measures both."
+"Lessons and guides keep their limits and imports run downwards; tools/book.py measures both."
 import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -9,10 +9,10 @@ root = Path(__file__).resolve().parent.parent
 spec = spec_from_file_location('book', root/'tools'/'book.py')
 book = module_from_spec(spec)
 spec.loader.exec_module(book)
-lessons = sorted((root/'nbs').glob(book.lessons))
+lessons, guides = (sorted((root/'nbs').glob(pattern)) for pattern in (book.lessons, book.guides))
 
 # Still to be rewritten; a lesson that keeps every limit has to leave this list, and an import that is gone the other two
-not_yet = []
+not_yet, guides_not_yet = [], []
 upward_yet = set()
 circles_yet = []
 
@@ -28,6 +28,13 @@ def test_there_are_six_lessons():
 def test_a_lesson_keeps_its_limits(path):
     found = book.broken_limits(path)
     if path.stem in not_yet: assert found, f'{path.name} keeps every limit: take it out of not_yet'
+    else: assert not found, '\n'.join(found)
+
+
+@pytest.mark.parametrize('path', guides, ids=lambda p: p.stem)
+def test_a_guide_keeps_its_limits(path):
+    found = book.broken_limits(path, book.guide_limits)
+    if path.stem in guides_not_yet: assert found, f'{path.name} keeps every limit: take it out of guides_not_yet'
     else: assert not found, '\n'.join(found)
 
 
@@ -93,6 +100,16 @@ def without(key, cells): return [c for c in cells if key not in c['source']]
 def test_what_breaks_a_limit(lesson, cells, says):
     found = book.broken_limits(lesson(cells))
     assert any(says in f for f in found), found
+
+
+def html(source): return dict(code(source), outputs=[dict(output_type='execute_result', data={'text/html': '<table><tr><td>1'}, metadata={})])
+
+
+@pytest.mark.parametrize('cells, ok', [
+    ([text('# A\n\n| you have | call |\n|:--|---|\n| a | b |')], True), ([text('# A'), html('table()')], True), ([text('# A'), code('draw()', picture=True)], True),
+    ([text('Before. '*800), text('| a |\n|---|\n| b |')], False), ([text('# A'), code('a | b')], False), ([text('a | b | c')], False)])
+def test_a_guide_shows_a_picture_or_a_table_early(cells, ok, lesson):
+    assert (book.broken_limits(lesson(cells + [code('a = 1')]), book.guide_limits) == []) == ok
 
 
 def test_an_unnumbered_answer_is_no_exercise(lesson):

@@ -149,7 +149,7 @@ def test_evaluate_a_loaded_model(learn):
     with pytest.raises(DataError, match='pass data_path and label_path'): evaluate(elsewhere)
 
 
-@pytest.mark.parametrize('kw, says', [(dict(protocol='3crop'), 'there is 1crop, 10crop, 50crop, dense'), (dict(average='median'), 'there is probs, logits'),
+@pytest.mark.parametrize('kw, says', [(dict(protocol='3crop'), "must be one of '1crop', '10crop', '50crop', 'dense'"), (dict(average='median'), "must be one of 'probs', 'logits'"),
                                       (dict(split='tset'), 'evaluate another split')])
 def test_evaluate_refuses(learn, kw, says):
     with pytest.raises(DataError, match=says): evaluate(learn, **kw)

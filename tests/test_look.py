@@ -269,7 +269,7 @@ def test_wrong_inputs_are_named(model, drawn, tmp_path):
         with pytest.raises(DataError, match='has not been trained'): ask()
     for ask, says in [(lambda: model.show_cam(photo, 'chekcs'), "there is no label 'chekcs'; do you mean 'checks'"),
                       (lambda: model.show_cam(photo, 'WEAVES'), "do you mean 'weave'"), (lambda: model.show_cam(photo, '§'), "there is 'stripes'"),
-                      (lambda: model.show_cam(photo, ['dots']), 'there is no label'), (lambda: model.interpretation('vla'), "no split 'vla'"),
+                      (lambda: model.show_cam(photo, ['dots']), 'there is no label'), (lambda: model.interpretation('vla'), "split is 'vla'; it must be one of 'train', 'val', 'test'"),
                       (lambda: model.show_prediction([photo]*25), '25 photos do not fit'), (lambda: model.show_prediction([]), 'no photos in this list'),
                       (lambda: model.show_prediction(photo, 0), 'n is 0'), (lambda: model.show_crops([photo]), 'not a photo'),
                       (lambda: model.show_crops(tmp_path), 'is a folder'), (lambda: model.show_cam(tmp_path/'gone.jpg'), 'does not exist'),

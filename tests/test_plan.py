@@ -2,6 +2,7 @@
 import pytest
 
 from resnet_fastai.model import count_params, resnet50
+from resnet_fastai.engine.distributed import distribute
 from resnet_fastai.practice.distributed import all_reduce_seconds, estimate_hours, rate_limits
 
 
@@ -39,3 +40,14 @@ def test_the_smallest_rate_decides():
     plan = estimate_hours(1000, 1000, cores=512, gpus=64, epochs=90, link=50)
     assert plan['limit'] == 'GPUs' and plan['bs'] == 2048 and plan['lr'] == pytest.approx(.8) and plan['hours'] == pytest.approx(90*1_281_167/57_600/3600, abs=.05)
     assert 'network' not in rate_limits(1000, 100, gpus=1, link=1)
+
+
+def test_hours_of_round_numbers():
+    assert estimate_hours(1000, 1e9, gpus=1, cores=1, epochs=1, photos=3_600_000)['hours'] == 1.
+    assert estimate_hours(1000, 10, gpus=1, cores=1)['limit'] == 'decoding'
+    assert estimate_hours(1, 1, gpus=32)['lr'] == .4                      # 1024 photos in an update, and the rate in proportion
+
+
+def test_one_process_is_left_alone():
+    same = object()
+    assert distribute(same) is same

@@ -1,4 +1,4 @@
-"""How the book is written: a table of measures of the notebooks, the limits that lessons keep, and the package's imports.
+"""How the book is written: a table of measures of the notebooks, the limits that lessons and guides keep, and the package's imports.
 
     python tools/book.py              # a row a notebook, then what breaks a limit
     python tools/book.py imports      # who imports whom, floor by floor, and what runs upwards or in a circle
@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-lessons = '0[1-6]_*.ipynb'
+lessons, guides = '0[1-6]_*.ipynb', 'practice/*.ipynb'
 
 # What a lesson keeps: measure → (lowest, highest). `screen` is where its first picture begins, in pixels at a width of 1280.
 limits = dict(cells=(1, 45), exported=(0, 250), width=(0, 100), function=(0, 40), exercises=(5, 8), words_for_10=(30, None),
               cells_a_figure=(0, 15), screen=(0, 900))
+# What a guide keeps; `shown` is where its first picture or table begins
+guide_limits = dict(cells=(1, 45), exported=(0, 250), width=(0, 100), function=(0, 40), shown=(0, 900))
 # From the bottom up: a module imports from its own floor and from those below. The commands of the shell call everything.
 floors = ('engine',), ('model',), ('augment',), ('data',), ('training',), ('inference',), ('practice',), ('core',), ('practice.cli',), ('__main__',)
 
@@ -63,17 +65,23 @@ def _text_height(text):
     return height
 
 
-def first_picture(cells):
-    "Where the first picture begins, in pixels from the top, as estimated for a window 1280 pixels wide; None without one"
+def shows_table(cell):
+    "Does what a code cell shows hold a table?"
+    return any('<table' in ''.join(o.get('data', {}).get('text/html', '')) for o in cell['outputs'])
+
+
+def first_picture(cells, tables=False):
+    "Where the first picture (or table) begins, in pixels from the top, as estimated for a window 1280 pixels wide; None without one"
     top = 75                                                             # the bar above the page
+    mark = r'!\[[^\]]*\]\(|<img\b' + (r'|^\|[ :-]+\|' if tables else '')
     for c in cells:
         if c['cell_type'] == 'markdown':
-            before = re.split(r'!\[[^\]]*\]\(|<img\b', source(c))
+            before = re.split(mark, source(c), maxsplit=1, flags=re.M)
             if len(before) > 1: return top + _text_height(before[0])
             top += _text_height(source(c))
         else:
             if directives(c).get('echo') != 'false': top += 21*len(code_lines(c)) + 50
-            if pictures(c): return top
+            if pictures(c) or tables and shows_table(c): return top
             top += _output_height(c)
 
 
@@ -109,17 +117,19 @@ def measures(
     return dict(cells=len(cells), code_cells=len(code), lines=lines, median=statistics.median(sizes), most=sizes[int(.9*(len(sizes)-1))],
                 words=words, figures=figures, exported=out, share=out/lines if lines else 0, exercises=exercises(cells),
                 function=longest[1], longest=longest[0], width=max((len(s) for c in code for s in code_lines(c)), default=0),
-                screen=first_picture(cells), words_for_10=10*words/lines if lines else None, cells_a_figure=len(cells)/figures if figures else None)
+                screen=first_picture(cells), shown=first_picture(cells, tables=True), words_for_10=10*words/lines if lines else None,
+                cells_a_figure=len(cells)/figures if figures else None)
 
 
 def broken_limits(
-    path:Path, # Of a lesson
+    path:Path, # Of a lesson or guide
+    limits:dict=limits, # Measure → (lowest, highest)
 ) -> list: # A sentence for each
-    "Which limits a lesson breaks"
+    "Which limits a lesson or a guide breaks"
     m = measures(path)
     words = dict(cells='cells', exported='exported lines', width='characters in its widest line', exercises='exercises',
                  function=f"lines in its longest exported function, {m['longest']}", words_for_10='words for 10 lines of code',
-                 cells_a_figure='cells for each figure', screen='pixels above its first picture')
+                 cells_a_figure='cells for each figure', screen='pixels above its first picture', shown='pixels above its first picture or table')
     found = []
     for key, (low, high) in limits.items():
         value = m[key]
@@ -216,7 +226,9 @@ def main(argv=None):
     if argv == ['imports']: return show_imports()
     if argv: sys.exit(__doc__)
     print(table(notebooks()) + '\n')
-    for p in sorted((root/'nbs').glob(lessons)): print(*broken_limits(p), sep='\n')
+    found = [f for p in sorted((root/'nbs').glob(lessons)) for f in broken_limits(p)]
+    found += [f for p in sorted((root/'nbs').glob(guides)) for f in broken_limits(p, guide_limits)]
+    print(*found, sep='\n')
 
 
 if __name__ == '__main__': main()

@@ -9,9 +9,9 @@ def one_of(
     value, # What was passed
     choices, # What may be passed
 ): # The value
-    "The value, if it is among the choices; a ValueError that lists them otherwise"
+    "The value, if it is among the choices; a `DataError` that lists them otherwise"
     if value in list(choices): return value
-    raise ValueError(f"{name} is {value!r:.80}; it must be one of {', '.join(map(repr, choices))}")
+    raise DataError(f"{name} is {value!r:.80}; it must be one of {', '.join(map(repr, choices))}")
 
 
 def whole_number(

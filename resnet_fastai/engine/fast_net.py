@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .files import _one_of
+from .arguments import one_of
 from .precision import fast_precision
 
 
@@ -210,7 +210,7 @@ def inference_copy(
     "A copy for predictions, BN folded: made at the first call, and anew when anything of the network has changed"
     net = _bare(net)
     precision = precision or fast_precision(next(net.parameters()).device)
-    _one_of('precision', precision, dtypes)
+    one_of('precision', precision, dtypes)
     with _lock:
         try: now = _Snapshot(net)
         except (_Unknown, RuntimeError, KeyError): return _make(net, precision, size)      # what cannot be compared is not kept

@@ -127,7 +127,3 @@ def write_json(
 def _umask():
     os.umask(mask := os.umask(0))
     return mask
-
-
-def _one_of(name, value, choices):
-    if value not in choices: raise DataError(f"there is no {name} {quote(value)}; there is {', '.join(choices)}")

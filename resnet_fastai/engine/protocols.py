@@ -1,5 +1,6 @@
 """Names of test protocols: '1crop', '10crop', '50crop', 'dense', and the same at lengths of one's own, like '10crop@110,128'."""
-from .files import _one_of, DataError
+from .arguments import one_of
+from .files import DataError
 
 protocols = '1crop', '10crop', '50crop', 'dense'
 
@@ -10,7 +11,7 @@ def split_protocol(
 ) -> tuple: # (one of `protocols`; lengths of the shorter side, pixels; None where the name has none)
     "What a protocol's name says; a `DataError` where there is no such protocol"
     kind, at, lengths = str(protocol).partition('@')
-    _one_of('protocol', kind, protocols)
+    one_of('protocol', kind, protocols)
     if not at: return kind, None
     scales = tuple(int(s) if s.isdecimal() else 0 for s in lengths.split(','))
     if kind != '50crop' and len(scales) <= 10 and all(size <= s <= 9999 for s in scales): return kind, scales

@@ -19,12 +19,12 @@ from torch import nn
 from ..augment import PhotoNormalize, resize_short
 from ..data import LabelMap
 from ..engine.calibration import tempered
+from ..engine.arguments import one_of
 from ..engine.files import DataError
 from ..engine.layout import photo_inputs, splits
 from ..engine.photo import open_photo
 from ..engine.batching import batch_size
 from ..engine.fast_net import _bare, _copy
-from ..engine.files import _one_of
 from ..engine.splits import labelled_split, model_parts
 from ..inference import crop_boxes, crop_probs, extract_crops, predict_probs
 from .share import Trained, as_trained
@@ -245,7 +245,7 @@ def interpretation(
     "fastai's `ClassificationInterpretation` of a split, each photo's central crop"
     import fastai.vision.learner  # noqa: F401  it draws photos with top losses, and takes a second to import
     require_trained(model)
-    _one_of('split', split, splits)
+    one_of('split', split, splits)
     parts = model_parts(model)
     if parts.dls is None: raise DataError("a loaded model has no photos; its errors elsewhere are what evaluate(data_path=…, label_path=…) tells")
     photos,_ = labelled_split(parts, split)
