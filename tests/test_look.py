@@ -304,3 +304,11 @@ def test_one_of_several_processes_saves(model, tmp_path, monkeypatch):
     assert model.save(tmp_path/'theirs') == tmp_path/'theirs' and not (tmp_path/'theirs').exists()
     monkeypatch.setenv('RANK', '0')
     assert (model.save(tmp_path/'theirs')/'config.json').exists()
+
+
+def test_the_heat_map_says_how_its_probability_was_found(model):
+    photo, before = next(iter(model.learn.dls.valid.items)), model.protocol
+    assert model.show_cam(photo).get_suptitle().endswith('on the average of 50 crops')
+    model.protocol = '1crop'
+    assert model.show_cam(photo).get_suptitle().endswith('by 1crop')
+    model.protocol = before

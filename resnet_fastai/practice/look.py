@@ -211,7 +211,8 @@ def show_cam(
     drawn = axs[1].imshow(heat, cmap='inferno', alpha=.6, vmin=0, vmax=1)
     for ax in axs: ax.axis('off')
     fig.colorbar(drawn, ax=axs, ticks=[0, 1]).ax.set_yticklabels(['nothing', 'most'], fontsize=8)
-    fig.suptitle(f"{'What' if heat.any() else 'Nothing'} speaks for {_say(label)}, {p:.1%} on the average of 50 crops", fontsize=10)
+    by = 'on the average of 50 crops' if t.protocol == '50crop' else f'by {t.protocol}'
+    fig.suptitle(f"{'What' if heat.any() else 'Nothing'} speaks for {_say(label)}, {p:.1%} {by}", fontsize=10)
     return fig
 
 
