@@ -1,8 +1,8 @@
 """Training on one process against two of the same machine: `ResNet.fit`, loading and validation included, the same 128 photos in an
 update. Each process has one thread. The efficiency is the rate of two over twice that of one, in the same round; 1 would be perfect.
 
-Two processes need two idle cores. The machine's load before each turn is stored, and where it is above a half the figure says little
-about an idle one."""
+Two processes need two idle cores. The machine's load before each turn is stored: two processes get more of a busy machine than one
+does, so that the efficiency is too high there."""
 import os
 import socket
 import subprocess
