@@ -19,6 +19,7 @@ from fastai.torch_core import default_device
 from fastcore.basics import patch
 
 from .augment import ColorStats, PhotoNormalize, ScaleJitterCrop
+from .engine.arguments import short_sides
 from .engine.class_folders import from_folders
 from .engine.demo_photos import demo_data
 from .engine.fetch import resolve_data
@@ -199,6 +200,7 @@ def resnet_dls(
     size:int=224, # Side of the crop, pixels
     min_side:int|None=None, # Shortest short side, pixels; None: 256 in proportion to size/224
     max_side:int|None=None, # Longest short side, pixels; None: 480 in proportion to size/224
+    augment:str='paper', # Or 'wide', for photos that their object fills: 1.04 to 1.5 times size
     n_out:int|None=1000, # Outputs of the network; None: the largest index and one more
     stats=None, # `ColorStats`; None: those of this training set
     lighting:float=.1, # Standard deviation of the PCA lighting's alphas; 0: none
@@ -211,7 +213,7 @@ def resnet_dls(
     labels = LabelMap(label_path, label_encoding)
     labels.vocab(n_out)                  # an index that does not fit is an error now
     root, photos, stats = read_photos(data_path, labels, stats, on_bad, num_workers)
-    tfms = recipe(size, min_side, max_side, stats, lighting)
+    tfms = recipe(size, *short_sides(augment, size, min_side, max_side), stats, lighting)
     dls = photo_block(labels, len(photos['train']), n_out, *tfms).dataloaders(
         photos['train'] + photos['val'], path=root, bs=micro_bs, drop_last=False,
         num_workers=num_workers, device=device,

@@ -15,7 +15,7 @@ import pytest
 
 from patience import run, until
 
-commands = ['demo', 'split', 'check', 'stats', 'train', 'resume', 'evaluate', 'predict', 'export', 'app']
+commands = ['demo', 'split', 'check', 'stats', 'train', 'resume', 'evaluate', 'predict', 'calibrate', 'export', 'app']
 small = '--arch cifar_resnet8 --size 32 --bs 8 --num-workers 0'.split()
 labelled = ['photos', 'photos/labels.json', 'photos/encoding.json']
 

@@ -46,6 +46,20 @@ def test_validation_is_the_centre_crop_less_the_mean(demo):
     assert y.tolist() == [dls.labels.encoding[dls.labels(p)] for p in dls.photos['val'][:8]]
 
 
+def test_wide_crops_see_most_of_the_photo(demo):
+    "Short sides of 33 to 48 for crops of 32, in training and in validation; the batches are those of the same numbers given"
+    def batches(**kwargs):
+        torch.manual_seed(1)
+        dls = resnet_dls(*demo, size=32, num_workers=0, lighting=0, **kwargs)
+        crop = next(t for t in dls.after_item.fs if hasattr(t, 'min_side'))
+        return (crop.min_side, crop.max_side), dls.valid.one_batch()[0]
+    wide, given, paper = batches(augment='wide'), batches(min_side=33, max_side=48), batches()
+    assert wide[0] == given[0] == (33, 48) and paper[0] == (37, 69)
+    assert torch.equal(wide[1], given[1]) and not torch.equal(wide[1], paper[1])
+    assert batches(augment='wide', max_side=40)[0] == (33, 40) and batches(augment='wide', min_side=60)[0] == (60, 60)
+    with pytest.raises(ValueError, match="augment is 'large'; it must be one of 'paper', 'wide'"): batches(augment='large')
+
+
 def test_targets_are_the_users_indices(demo):
     dls = resnet_dls(*demo, micro_bs=8, size=64, num_workers=0)
     assert [dls.vocab[i] for i in (101, 999)] == ['stripes', 'mesh'] and len(dls.vocab) == 1000

@@ -130,6 +130,12 @@ def test_the_comparison_would_notice(photos, untouched, tmp_path, monkeypatch, w
     assert differing(untouched, result(fit(again, resume=True)))
 
 
+def test_resumed_is_untouched_with_wide_crops(photos, untouched, tmp_path):
+    broken(photos, tmp_path/'run', 11, augment='wide')
+    again = result(fit(model(photos, tmp_path/'run', augment='wide'), resume=True))
+    assert not differing(result(fit(model(photos, augment='wide'))), again) and 'weights' in differing(untouched, again)
+
+
 def test_resumed_again_and_again_in_several_fits(photos, untouched, tmp_path):
     "One update at a time; and with `resume`, epochs are counted from the run's beginning"
     for n in range(8):
@@ -264,6 +270,7 @@ def other_folder(photos, tmp_path_factory):
 other_arguments = [('another learning rate: it has 0.003125, you have 0.5', dict(lr=.5)), ('another weight decay', dict(decay='all')),
                    ("another augmentation: it has 'PhotoNormalize': 'std': 0.1, you have 'PhotoNormalize': 'std': 0.0", dict(lighting=0.)),
                    ("another augmentation: it has 'ScaleJitterCrop': 'min_side': 37, you have 'ScaleJitterCrop': 'min_side': 40", dict(min_side=40)),
+                   ("another augmentation: it has 'ScaleJitterCrop': 'min_side': 37, you have 'ScaleJitterCrop': 'min_side': 33", dict(augment='wide')),
                    ('another optimizer: it has SGD.*you have caffe_sgd', dict(opt_func=caffe_sgd)),
                    ('another optimizer: .*mom=0.9.*mom=0.8', dict(opt_func=partial(paper_sgd, mom=.8))),
                    ("other callbacks: it has 'plateau_lr': 'patience': 0, you have 'plateau_lr': 'patience': 5", dict(patience=5)),

@@ -27,7 +27,7 @@ from resnet_fastai.engine import ranges
 from resnet_fastai.engine.demo_photos import draw_photo
 from resnet_fastai.engine.fetch import resolve_data
 from resnet_fastai.engine.files import DataError, PhotoError, write_json
-from resnet_fastai.engine.layout import DataPaths, folder_photos, list_photos, PhotoList, split_photos, splits
+from resnet_fastai.engine.layout import folder_photos, list_photos, split_photos, splits
 from resnet_fastai.engine.lock import lock_folder, unlock_folder
 from resnet_fastai.engine.photo import Photo
 from resnet_fastai.engine.shards import open_shards, read_header, Shards, write_index

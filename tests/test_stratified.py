@@ -10,6 +10,7 @@ from PIL import Image
 
 from resnet_fastai.data import DataError, from_folders, split_photos
 from resnet_fastai.engine.stratified import copies, draw, draw_folds, name_keys, pieces
+from resnet_fastai.practice.exports import from_export
 from resnet_fastai.practice.tables import from_csv
 
 splits = ('train', 'val', 'test')
@@ -196,6 +197,19 @@ def test_what_a_table_says_itself_is_not_drawn(table, tmp_path):
 
 def test_a_name_that_is_neither_column_nor_pattern(table, tmp_path):
     with pytest.raises(DataError, match="group='patient' matches none of the 40 names"): from_csv(table, tmp_path/'dest', label_col='finding', group='patient')
+
+
+def test_an_export_is_drawn_the_same_way(tmp_path):
+    names_ = [f'scene{k}_{i}.png' for k in range(10) for i in range(3)]
+    tree(tmp_path/'src', *names_)
+    tasks = [dict(data=dict(image=f'/data/{n}'), annotations=[dict(result=[dict(type='choices', value=dict(choices=['cat' if int(n[5]) % 2 else 'dog']))])]) for n in names_]
+    (tmp_path/'src/export.json').write_text(json.dumps(tasks))
+    got = names(from_export(tmp_path/'src/export.json', tmp_path/'dest', group=r'scene\d+'))
+    assert len(got['val']) == 6 and len({n.split('_')[0] for n in got['val']}) == 2 == len({int(n[5]) % 2 for n in got['val']})
+    assert len(from_export(tmp_path/'src/export.json', tmp_path/'folds', folds=3)) == 3
+    tree(tmp_path/'split', 'train/a.png', 'train/b.png', 'valid/c.png')
+    for s, rows in dict(train='a.png,1,0\nb.png,0,1', valid='c.png,1,0').items(): (tmp_path/'split'/s/'_classes.csv').write_text(f'filename,x,y\n{rows}\n')
+    with pytest.raises(DataError, match='has validation photos of its own, so that nothing is drawn'): from_export(tmp_path/'split', tmp_path/'no', val=.2)
 
 
 def test_real_photos(clothing, tmp_path):

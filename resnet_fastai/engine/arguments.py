@@ -33,3 +33,17 @@ def check_learner(
     if decay not in ('weights', 'conv_fc', 'all'): raise DataError(f"decay is {decay!r:.80}; it must be 'weights', 'conv_fc' or 'all'")
     if len(dls.loaders) < 2 or not len(dls.valid):
         raise DataError("these loaders have no validation photos; leave some out of training, for example with RandomSplitter()")
+
+
+def short_sides(
+    augment:str, # 'paper' or 'wide'
+    size:int, # Side of the crop, pixels
+    min_side:int|None=None, # Shortest short side, pixels; None: as augment says
+    max_side:int|None=None, # Longest short side, pixels; None: as augment says
+) -> tuple: # (min_side, max_side), pixels; None: the paper's, in proportion
+    "To which short sides training resizes a photo: 'wide' crops see 44 to 92 % of a square one, the paper's 22 to 77 %"
+    try: one_of('augment', augment, ('paper', 'wide'))
+    except ValueError as e: raise DataError(str(e)) from None
+    if augment == 'paper': return min_side, max_side
+    low = round(1.04*size) if min_side is None else min_side
+    return low, max(low, round(1.5*size)) if max_side is None else max_side

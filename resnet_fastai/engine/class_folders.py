@@ -23,7 +23,8 @@ def _split_folders(src: Path) -> dict:
     try: folders = {p.name.lower(): p for p in sorted(src.iterdir(), reverse=True) if p.is_dir() and p.name[0] != '.'}
     except OSError as e: raise DataError(f"{src} cannot be searched for photos: {e.strerror}") from None
     found = {s: folders[next(n for n in names if n in folders)] for s, names in _split_names.items() if any(n in folders for n in names)}
-    if found and 'train' not in found: raise DataError(f"{src} has no folder train/ or training/ beside {some(p.name + '/' for p in found.values())}")
+    if found and 'train' not in found:
+        raise DataError(f"{src} has no folder train/ or training/ beside {some(p.name + '/' for p in found.values())}")
     if not found: _refuse_split_like(src, folders)
     return found or dict(train=src)
 
@@ -31,7 +32,8 @@ def _split_folders(src: Path) -> dict:
 def _refuse_split_like(src, folders):
     "Refuse folders that are probably splits under other names"
     like = {n: s for n in folders for s, names in _split_names.items() if {*names} & {*re.split('[^a-z]+', n)}}
-    if len({*like.values()}) > 1: raise DataError(f"{src} has the folders {some(like)}, which look like splits; call them train/, val/ and test/")
+    if len({*like.values()}) > 1:
+        raise DataError(f"{src} has the folders {some(like)}, which look like splits; call them train/, val/ and test/")
 
 
 def _source(src) -> Path:
@@ -89,7 +91,7 @@ def from_folders(
     folds: int|None = None, # So many layouts in dest, `fold1` and so on, for a cross-validation
 ) -> DataPaths|list: # dest and its two JSON files; with `folds` one a fold
     "Turn class folders into this project's layout, linking the photos where possible; src is left as it is"
-    there = _split_folders(folder := _source(src))
+    there = _split_folders(_source(src))
     rows = _distinct([r for split, below in there.items() for r in _rows(split, below)])
     if 'val' not in there:
         keys = None if group is None else name_keys([r.name for r in rows], group, src)

@@ -1,4 +1,4 @@
-"""Photos that are nearly the same: scaled, compressed, cut a little, mirrored. A perceptual hash finds pairs, a small grey copy confirms them."""
+"""Photos that are nearly the same: scaled, compressed, cut a little, mirrored. A hash finds pairs, a small grey copy confirms them."""
 
 import numpy as np
 import torch

@@ -57,7 +57,8 @@ def name_keys(
     "What a regular expression finds in names: photos of one key belong together"
     try: found = [re.search(pattern, n) for n in names]
     except re.error as e: raise DataError(f"group={quote(pattern)} is no regular expression: {e}") from None
-    if not any(found): raise DataError(f"group={quote(pattern)} matches none of the {len(names):,} names in {source}, which look like {quote(names[0])}")
+    if not any(found):
+        raise DataError(f"group={quote(pattern)} matches none of the {len(names):,} names in {source}, which look like {quote(names[0])}")
     return [(m.groups() or m[0]) if m else None for m in found]
 
 
@@ -68,7 +69,8 @@ def pieces(
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     n, node = len(columns[0]), {}
-    links = [(i, node.setdefault((c, key), n + len(node))) for c, keys in enumerate(columns) for i, key in enumerate(keys) if key is not None]
+    links = [(i, node.setdefault((c, key), n + len(node)))
+             for c, keys in enumerate(columns) for i, key in enumerate(keys) if key is not None]
     at = np.array(links, int).reshape(-1, 2).T
     graph = coo_array((np.ones(len(links)), tuple(at)), shape=[n + len(node)]*2)
     return connected_components(graph, directed=False)[1][:n]
@@ -151,7 +153,8 @@ def draw_folds(
     free, train = _free(y, piece, split == 'train'), split == 'train'
     _, own = np.unique(y[free], return_inverse=True)
     found = _parts(own, piece[free], folds, (seed, 0)) if len(np.unique(piece[free])) > 1 else []
-    if len(found) < folds: raise DataError(f"folds is {folds}, but no class has so many photos that may lie in different folds; ask for fewer")
+    if len(found) < folds:
+        raise DataError(f"folds is {folds}, but no class has so many photos that may lie in different folds; ask for fewer")
     def one(part):
         out = split.copy()
         out[_keep_one(y, piece, train, free[part])] = 'val'
@@ -166,8 +169,10 @@ def check_shares(val, test, folds):
     "A `DataError` where the shares, or the number of folds, make no sense"
     share = lambda v, least: isinstance(v, (int, float)) and not isinstance(v, bool) and least <= v < 1
     if not share(val, 1e-9) or not share(test, 0) or val + test >= 1:
-        raise DataError(f"val is {quote(val)} and test is {quote(test)}; shares from 0 to 1 are needed that leave photos to train on, like .2 and .1")
-    if folds is not None and (type(folds) is not int or folds < 2): raise DataError(f"folds is {quote(folds)}; a whole number from 2 on is needed")
+        raise DataError(f"val is {quote(val)} and test is {quote(test)}; shares from 0 to 1 are needed that leave photos "
+                        "to train on, like .2 and .1")
+    if folds is not None and (type(folds) is not int or folds < 2):
+        raise DataError(f"folds is {quote(folds)}; a whole number from 2 on is needed")
 
 
 def _tell(source, rows, names, y, split, copy, keys):
@@ -179,10 +184,12 @@ def _tell(source, rows, names, y, split, copy, keys):
     labels = {}
     for r, key in zip(rows, copy): labels.setdefault(key, []).append(r)
     twice = [rs for key, rs in labels.items() if key is not None and len(rs) > 1]
-    if twice: print(f"  {sum(map(len, twice)) - len(twice):,} photos are copies of others and stay in one split with them; first: {twice[0][1].name} of {twice[0][0].name}")
+    if twice: print(f"  {sum(map(len, twice)) - len(twice):,} photos are copies of others and stay in one split with them; "
+                    f"first: {twice[0][1].name} of {twice[0][0].name}")
     if torn := next((rs for rs in twice if len({r.label for r in rs}) > 1), None):
-        print(f"  copies with different labels: {torn[0].name} is {quote(torn[0].label)}, {next(r for r in torn if r.label != torn[0].label).name} is not; check them")
-    if (few := amounts <= 2).any(): print('  classes with one or two photos: ' + some(f'{names[i]} ({amounts[i]})' for i in np.flatnonzero(few)))
+        other = next(r for r in torn if r.label != torn[0].label)
+        print(f"  copies with different labels: {torn[0].name} is {quote(torn[0].label)}, {other.name} is not; check them")
+    if (few := np.flatnonzero(amounts <= 2)).size: print('  classes with one or two photos: ' + some(f'{names[i]} ({amounts[i]})' for i in few))
     if len(none := np.setdiff1d(y, y[split == 'val'])): print('  without a validation photo: ' + some(names[none]))
 
 
@@ -195,7 +202,8 @@ def _drawn(rows, source, val, test, seed, keys, folds):
     piece = pieces(copy := copies([r.path for r in mine]), keys)
     found = [draw(y, piece, val, test, seed)] if folds is None else draw_folds(y, piece, folds, test, seed)
     if not all((s == 'val').any() for s in found):
-        raise DataError(f"{source} has no class with two photos that may lie in different splits ({len(own):,} photos, {piece.max() + 1:,} groups and copies)")
+        raise DataError(f"{source} has no class with two photos that may lie in different splits "
+                        f"({len(own):,} photos, {piece.max() + 1:,} groups and copies)")
     _tell(source, mine, names, y, found[0], copy, keys)
     for s in found: yield [r._replace(split=t) for r, t in zip(mine, s)] + [r for r in rows if r.split != 'train']
 
@@ -216,6 +224,7 @@ def lay_out_heap(
     try:
         made = [lay_out(drawn, source, tmp/place(k)) for k, drawn in enumerate(_drawn(rows, source, val, test, seed, keys, folds), 1)]
         _settle(tmp if folds else made[0].data_path, dest)
-        found = [DataPaths(d, d/'labels.json', d/'encoding.json') for d in ([dest/place(k) for k, _ in enumerate(made, 1)] if folds else [dest])]
+        places = [dest/place(k) for k, _ in enumerate(made, 1)] if folds else [dest]
+        found = [DataPaths(d, d/'labels.json', d/'encoding.json') for d in places]
         return found if folds else found[0]
     finally: shutil.rmtree(tmp, ignore_errors=True)

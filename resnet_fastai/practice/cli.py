@@ -347,6 +347,7 @@ OnBad = Enum('OnBad', dict(error='error', skip='skip'), type=str)
 Precision = Enum('Precision', dict(fp32='fp32', bf16='bf16', fp16='fp16'), type=str)
 Balance = Enum('Balance', dict(sampler='sampler', loss='loss'), type=str)
 Schedule = Enum('Schedule', dict(plateau='plateau', one_cycle='one_cycle', fine_tune='fine_tune'), type=str)
+Augment = Enum('Augment', dict(paper='paper', wide='wide'), type=str)
 
 
 @app.command('train', short_help='train on your photos, save the model')
@@ -363,6 +364,7 @@ def _train(
     arch: Annotated[Optional[str], typer.Option(help='The network: resnet18 to resnet152, plain34, cifar_resnet20 …; without it that of the weights, or resnet50')] = None,
     n_out: Annotated[Optional[int], typer.Option(min=1, help="Outputs of the network, more than the largest index; without it ImageNet's 1000, or with --weights as few as will do")] = None,
     size: Annotated[Optional[int], typer.Option(min=1, help='Side of the crop, pixels; without it that of the weights, or 224')] = None,
+    augment: Annotated[Augment, typer.Option(help="Crops: the paper's, or wide ones that see most of the photo, where the object fills it")] = 'paper',
     bs: Annotated[Optional[int], typer.Option(min=1, help='Photos in an update; without it 256, or 32 with --weights')] = None,
     micro_bs: Annotated[int, typer.Option(min=1, help='Photos that go through the network at a time; fewer need less memory')] = 32,
     lr: Annotated[Optional[float], typer.Option(min=0, help='Initial rate; without it .1 at 256 photos in an update, and in proportion')] = None,

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from ..engine.convert import PhotoFinder, Row, draw_splits, lay_out, some
 from ..engine.files import DataError, exported_by, read_regular
 from ..engine.layout import DataPaths
+from ..engine.stratified import lay_out_heap, name_keys
 from .tables import one_hot_columns, photo_column, read_table
 
 __all__ = ['from_export']
@@ -124,9 +125,13 @@ def from_export(
     src: str|Path, # COCO or Label Studio (.json), CVAT for images (.xml), a column for each class (.csv); or a folder that holds it
     dest: str|Path, # A new folder
     folder: str|Path|None = None, # Where the photos are; None: where the file is
-    valid_pct: float = .2, # Share of validation photos where the export has no splits
+    valid_pct: float = .2, # Share of validation photos where the export has no splits, and none of the last four is given
     seed: int = 42, # The same seed picks the same photos
-) -> DataPaths: # dest and its two JSON files
+    val: float|None = None, # Share of validation photos, drawn class by class, copies kept together; None: valid_pct of all, at random
+    test: float = 0, # Share of test photos, drawn likewise; 0: none
+    group: str|None = None, # A regular expression on the names: photos in which it finds the same stay in one split
+    folds: int|None = None, # So many layouts in dest, `fold1` and so on, for a cross-validation
+) -> DataPaths|list: # dest and its two JSON files; with `folds` one a fold
     "Turn the export of a labelling tool into this project's layout, one class a photo, linking the photos where possible"
     src, sources = Path(src), _sources(Path(src))
     rows = [r for path, here, split in sources for r in _rows(path, here if folder is None else Path(folder), split)]
@@ -134,4 +139,8 @@ def from_export(
         print(f"{src.name}: {len(bare):,} of {len(rows):,} photos have no label and are left out; first: {bare[0].name}")
     rows = _once([r for r in rows if r.label or r.split == 'test'], src)
     if not rows: raise DataError(f"{src} labels no photo")
-    return lay_out(rows if any(r.split == 'val' for r in rows) else draw_splits(rows, src, valid_pct, seed), src, dest)
+    ready, heap = any(r.split == 'val' for r in rows), any(o not in (None, 0) for o in (val, test, group, folds))
+    if ready and heap: raise DataError(f"{src} has validation photos of its own, so that nothing is drawn; leave out val=, test=, group= and folds=")
+    if not heap: return lay_out(rows if ready else draw_splits(rows, src, valid_pct, seed), src, dest)
+    keys = None if group is None else name_keys([r.name for r in rows], group, src)
+    return lay_out_heap(rows, src, dest, .2 if val is None else val, test, seed, keys, folds)
