@@ -136,6 +136,34 @@ def test_two_jobs_in_one_folder_are_refused(folder):
     assert all(codes[0]) and f'busy is in use by process {os.getpid()}' in said and not list((folder/'busy').glob('checkpoint*'))
 
 
+@pytest.mark.slow
+def test_torchrun_goes_on_whatever_dies(folder, moved):
+    "One machine; a second one joins; a rank is killed; one hangs; the second machine is lost. 12 updates, and the weights of a run that nobody touched"
+    with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+    agent = [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '1:2', '--nproc-per-node', '1', '--max-restarts', '8', '--rdzv-backend', 'c10d',
+             '--rdzv-id', 'test', '--rdzv-endpoint', f'127.0.0.1:{port}', '--rdzv-conf', 'last_call_timeout=2', program, 'elastic', folder]
+    env = os.environ | dict(OMP_NUM_THREADS='1', FASTAI_HOME=str(folder/'fastai'), CUDA_VISIBLE_DEVICES='', RESNET_FASTAI_TIMEOUT='20', PET_SHUTDOWN_TIMEOUT='3',
+                            TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+    with open(folder/'agents.log', 'w') as log:
+        start = lambda machine: subprocess.Popen(list(map(str, agent)), env=env | dict(MACHINE=machine), stdout=log, stderr=log, start_new_session=True)
+        first = start('1')
+        until((folder/'alone').exists)
+        second = start('2')
+        until(lambda: first.poll() is not None)
+    said = (folder/'agents.log').read_text()
+    assert first.returncode == 0 and second.wait() == -signal.SIGKILL and all((folder/what).exists() for what in ('killed', 'hung', 'lost')), said
+    still, ended = left(1, 'moving-still', folder)[0], left(1, 'elastic', folder)[0]
+    for k, v in still['weights'].items(): torch.testing.assert_close(ended['weights'][k], v, atol=1e-5, rtol=1e-4)
+    assert [r['train_error'] for r in ended['rows']] == [r['train_error'] for r in still['rows']]
+    lines = {line for p in folder.glob('elastic*.txt') for line in p.read_text().splitlines()}
+    assert lines == {*(folder/'moving-still-1-0.pt.txt').read_text().splitlines()}
+    resumes = pd.read_csv(folder/'elastic'/'resumes.csv')
+    steps = resumes[['before', 'processes']].values.tolist()
+    assert [s for s, last in zip(steps, [None, *steps]) if s != last] == [[1, 2], [2, 2], [2, 1]] and len(steps) >= 4
+    done = resumes.epochs*42 + resumes.photos
+    assert done.is_monotonic_increasing
+
+
 def test_a_last_update_that_the_processes_would_have_joined_to_the_one_before():
     "37 photos in updates of 12: one process ends with an update of 1, two with one of 13"
     dl = PhotoDL(range(37), bs=12, shuffle=True, num_workers=0)
