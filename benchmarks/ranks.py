@@ -1,11 +1,10 @@
 """Training on one process against two of the same machine: `ResNet.fit`, loading and validation included, the same 128 photos in an
 update. Each process has one thread. The efficiency is the rate of two over twice that of one, in the same round; 1 would be perfect.
 
-Two processes need two idle cores. The machine's load before each turn is stored, and where it is above a half the figure says little
-about an idle one."""
+Two processes need two idle cores. The machine's load before each turn is stored: two processes get more of a busy machine than one
+does, so that the efficiency is too high there."""
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,8 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 sys.path[0] = str(root)                                        # not this folder: its `statistics` is not Python's
+
+from statistics import median
 
 from benchmarks.common import alternate, arguments, compare, write
 
@@ -67,8 +68,8 @@ def main():
             for p, _ in members: p.wait()
     found = compare(seconds, '2 processes', args.items)
     each = [a/b/2 for a, b in zip(seconds['1 process'], seconds['2 processes'])]
-    efficiency = dict(median=statistics.median(each), least=min(each), most=max(each))
-    load = dict(median=statistics.median(loads), least=min(loads), most=max(loads))
+    efficiency = dict(median=median(each), least=min(each), most=max(each))
+    load = dict(median=median(loads), least=min(loads), most=max(loads))
     print(f'  efficiency {efficiency["median"]:.2f} ({efficiency["least"]:.2f} to {efficiency["most"]:.2f}); '
           f'load of the machine {load["median"]:.1f} ({load["least"]:.1f} to {load["most"]:.1f}) on {os.cpu_count()} cores, these processes included')
     write(args, arch=args.arch, **found, efficiency=efficiency, load=load)
