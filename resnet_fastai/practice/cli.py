@@ -165,7 +165,7 @@ def _on_stop(folder):
 
 def _forget(folder):
     "Remove what `_on_stop` has left"
-    for p in (*folder.glob('checkpoint-*.pt'), folder/'history.csv', folder/'resumes.csv'): p.unlink(missing_ok=True)
+    for p in (*folder.glob('checkpoint-*.pt'), *(folder/name for name in ('best.pt', 'history.csv', 'resumes.csv'))): p.unlink(missing_ok=True)
     with suppress(OSError): folder.rmdir()
 
 
