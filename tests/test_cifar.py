@@ -461,6 +461,10 @@ def test_a_run_is_looked_at_where_it_has_come_to(figures, folder, tmp_path):
     for name, file in (('resnet8-8-0', 'run.json'), ('plain8-8-0', 'plain.json')):
         net, last = told['nets'][name], json.loads((tmp_path/file).read_text())['epochs'][-1]
         assert net['updates'] == 8 and net['error'] == pytest.approx(last['top1_error']) and len(net['responses']) == len(net['gradients']) == 7
+    (tmp_path/'runs'/'plain8-8-0'/'checkpoint-000000009-epoch.pt').write_bytes(next((tmp_path/'runs'/'plain8-8-0').glob('*.pt')).read_bytes())
+    again = figures.trained_here(folder, tmp_path/'runs', tmp_path/'runs.json', batches=2, bs=16)       # one is newer, the other known
+    assert again['nets']['resnet8-8-0'] == told['nets']['resnet8-8-0'] and again['nets']['plain8-8-0']['updates'] == 9
+    assert json.loads((tmp_path/'runs.json').read_text())['nets'] == again['nets']
     with pytest.raises(DataError, match='holds no runs'): figures.checkpoints(tmp_path)
 
 

@@ -171,6 +171,7 @@ def trained_here(folder, runs, out, batches=20, bs=paper_bs):
                                   responses=look.stop(), gradients=gradient_norms(net, dls.train, batches))
         print(f"{name}: {told['nets'][name]['updates']:,} updates, error {wrong/told['photos']:.2%}", flush=True)
         _write(out, told)
+    _write(out, told)                                                # with those that were known already
     return told
 
 
