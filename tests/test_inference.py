@@ -261,7 +261,7 @@ def test_what_cannot_be_answered_is_refused_first(model, folder, tmp_path):
     with pytest.raises(DataError, match='knows 5 labels'): predict_folder(model, folder, n=6)
     with pytest.raises(DataError, match='not a path'): predict_folder(model, [a_photo()])
     with pytest.raises(DataError, match="it must be one of '1crop', '10crop', '50crop', 'dense'"): predict_folder(model, folder, protocol='2crop')
-    with pytest.raises(DataError, match='fp32, bf16, fp16'): predict_folder(model, folder, precision='int8')
+    with pytest.raises(DataError, match="it must be one of 'fp32', 'bf16', 'fp16'"): predict_folder(model, folder, precision='int8')
 
 
 def test_parquet(model, folder, tmp_path, monkeypatch):
