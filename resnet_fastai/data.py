@@ -131,8 +131,7 @@ def read_stats(
     file = survey_file(paths)
     kept = kept_survey(file, paths)
     total, count, rest = kept or (np.zeros((4, 4)), 0, np.arange(len(paths)))
-    moments, bad = np.zeros((0, 4, 4)), {}
-    if len(rest): moments, bad = scan_photos(paths[rest], num_workers)    # bad ones are tried again
+    moments, bad = scan_photos(paths[rest], num_workers)                  # bad ones are tried again
     bad, own = {int(rest[i]): why for i,why in bad.items()}, moments[rest < n]
     total, count = total + own.sum(0), count + int((own[:,3,3] > 0).sum())
     if len(bad) < len(rest) or not file.exists(): keep_survey(file, total, count, bad)
