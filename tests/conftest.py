@@ -52,6 +52,15 @@ def clothing(shared_data, tmp_path_factory):
     return unpacked('clothing', shared_data, tmp_path_factory)
 
 
+@pytest.fixture(scope='session')
+def ranks():
+    "ranks(folder, '2:failing', …): jobs of tests/many.py in so many processes"
+    from ranks import Ranks
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
 @pytest.fixture(scope='module')
 def one_thread():
     "Small nets are slower on two, and much slower beside other work"
