@@ -14,7 +14,7 @@ root = Path(__file__).resolve().parent.parent
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'paper(*rules): the rules of nbs/experiments/paper.json that the test proves')
-    config.addinivalue_line('markers', 'slow: starts many processes or waits for a timeout; the group takes about a minute on two idle cores')
+    config.addinivalue_line('markers', 'slow: starts many processes or waits for a timeout; the group takes about two minutes on two idle cores')
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # started in a script's background, where a shell turns Ctrl-C off
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,7 +1,7 @@
 """A training by several processes, as `torchrun` starts them.
 
     torchrun --standalone --nproc-per-node N many.py WHAT FOLDER
-    python many.py serve                                # then a line [FOLDER, "N:WHAT", …] of JSON for some jobs; see ranks.py
+    python many.py serve                                # then a line of JSON for each request; see ranks.py
 
 Each process leaves what it knows in FOLDER/WHAT-N-RANK.pt; without `torchrun` it is one process."""
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 warnings.filterwarnings('ignore')
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.run as launcher  # noqa: E402
 from fastai.callback.core import Callback  # noqa: E402
 from fastai.learner import Metric  # noqa: E402
 from fastai.metrics import AccumMetric  # noqa: E402
@@ -31,7 +32,7 @@ from resnet_fastai.practice.prepare import check_data  # noqa: E402
 from resnet_fastai.training import PlateauLR  # noqa: E402
 
 torch.set_num_threads(1)
-rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+rank, ranks = 0, 1
 settings = dict(arch='cifar_resnet8', size=32, bs=12, num_workers=0, precision='fp32', patience=0, min_delta=10, device='cpu')
 
 
@@ -229,24 +230,37 @@ def begun(paths, out, folder, ask, die_at=None):
 
 
 def serve():
-    "Jobs like '2:moving' for two processes, one after the other; forked, so that they import nothing. Prints a line of exit codes for a line of jobs"
+    "Answer a request in each line. What runs is forked, so that it imports nothing"
     for line in sys.stdin:
-        folder, *jobs = json.loads(line)
-        print(json.dumps([forked(int(n), what, Path(folder)) for n, what in (job.split(':') for job in jobs)]), flush=True)
+        kind, *what = json.loads(line)
+        print(json.dumps(dict(jobs=jobs, agent=agent, wait=wait)[kind](*what)), flush=True)
+
+
+def child(folder, env, act, *args):
+    "The process id of a new process that does something, and adds what it says to FOLDER/said.txt"
+    if (pid := os.fork()): return pid
+    os.environ |= dict(FASTAI_HOME=f'{folder}/fastai') | env
+    log, code = os.open(f'{folder}/said.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1
+    for fd in (1, 2): os.dup2(log, fd)
+    try: act(*args); code = 0
+    except SystemExit as e: code = e.code
+    except BaseException: traceback.print_exc()
+    finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+
+
+def wait(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def jobs(folder, *jobs):
+    "Jobs like '2:moving' for two processes, one after the other; the exit codes of each"
+    return [forked(int(n), what, Path(folder)) for n, what in (job.split(':') for job in jobs)]
 
 
 def forked(n, what, folder):
-    "The exit codes of a job's processes, which are ended as torchrun ends them: when one fails, the others get SIGTERM"
-    global rank, ranks
+    "Processes that are ended as torchrun ends them: when one fails, the others get SIGTERM"
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-    pids = []
-    while len(pids) < n:
-        if not (pid := os.fork()):
-            rank, ranks = len(pids), n
-            if n > 1: os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-            in_child(what, folder)
-        pids.append(pid)
-    codes = {}
+    env = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)) if n > 1 else {} for r in range(n)]
+    pids, codes = [child(folder, e, main, what, folder) for e in env], {}
     while len(codes) < n:
         pid, status = os.wait()
         codes[pid] = os.waitstatus_to_exitcode(status)
@@ -255,17 +269,18 @@ def forked(n, what, folder):
     return [codes[p] for p in pids]
 
 
-def in_child(what, folder):
-    os.environ['FASTAI_HOME'] = str(folder/'fastai')
-    log, code = os.open(folder/'said.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1
-    for fd in (1, 2): os.dup2(log, fd)
-    try: main(what, folder); code = 0
-    except SystemExit as e: code = e.code
-    except BaseException: traceback.print_exc()
-    finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+def agent(folder, what, env, *options):
+    "A machine: `torchrun` with these options, whose processes are forked; its process id. `wait` for it before further jobs"
+    def start():
+        os.setsid()
+        config, *_ = launcher.config_from_args(launcher.parse_args([*options, '--start-method', 'fork', __file__]))
+        launcher.elastic_launch(config, main)(what, Path(folder))
+    return child(folder, env, start)
 
 
 def main(what, folder):
+    global rank, ranks
+    rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     root = folder/'drawn'
     paths, out = DataPaths(root, root/'labels.json', root/'encoding.json'), folder/f'{what}-{ranks}-{rank}.pt'
     if what == 'everything': everything(paths, out)

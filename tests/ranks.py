@@ -24,17 +24,28 @@ class Ranks:
         self.process = subprocess.Popen([sys.executable, program, 'serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | quiet)
         threading.Thread(target=lambda p, lines: lines.extend(p.stdout), args=(self.process, self.lines), daemon=True).start()
 
-    def __call__(self, folder, *jobs):
+    def ask(self, kind, folder, *what):
+        "What many.py answers, and what was said meanwhile"
         if not self.process: self.start()
-        log, before = folder/'said.txt', len(self.lines)
-        log.unlink(missing_ok=True)
-        self.process.stdin.write(json.dumps([str(folder), *jobs]) + '\n')
+        log, before = Path(folder)/'said.txt', len(self.lines)
+        if kind == 'jobs': log.unlink(missing_ok=True)
+        self.process.stdin.write(json.dumps([kind, *([str(folder)]*(kind != 'wait')), *what]) + '\n')
         self.process.stdin.flush()
         try: until(lambda: len(self.lines) > before or self.process.poll() is not None, lambda: used(self.process.pid))
         except AssertionError: self.kill(); raise
         said = log.read_text() if log.exists() else ''
         assert len(self.lines) > before, said
         return json.loads(self.lines[-1]), said
+
+    def __call__(self, folder, *jobs): return self.ask('jobs', folder, *jobs)
+
+    def agent(self, folder, what, *options, **env):
+        "The process id of a machine: `torchrun` with options, its processes forked"
+        return self.ask('agent', folder, what, env, *map(str, options))[0]
+
+    def wait(self, folder, pid):
+        "(its exit code, what was said)"
+        return self.ask('wait', folder, pid)
 
     def kill(self):
         for p in [*psutil.Process(self.process.pid).children(recursive=True), self.process]: p.kill()

@@ -48,7 +48,7 @@ def windows(monkeypatch):
             changed.append(path)
             return real(*args, **kw)
         monkeypatch.setattr(os, name, act)
-    for name, at in dict(unlink=0, remove=0, replace=1, rename=1).items(): refusing(name, at)
+    for name, at in [('unlink', 0), ('remove', 0), ('replace', 1), ('rename', 1)]: refusing(name, at)
     monkeypatch.setattr(lock, 'fcntl', None)
     monkeypatch.setattr(lock, 'msvcrt', SimpleNamespace(locking=locking, LK_NBLCK=2, LK_UNLCK=0))
     for name in ('O_DIRECTORY', 'O_NONBLOCK', 'pread', 'getuid'): monkeypatch.delattr(os, name)
