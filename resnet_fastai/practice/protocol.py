@@ -23,7 +23,7 @@ def protocol_scales(
     return kind, scales or (usual if kind in ('50crop', 'dense') else usual[1:2])
 
 
-def short_sides(
+def sides_of_training(
     dls, # Of `resnet_dls`
 ) -> tuple: # (shortest, longest), pixels
     "Between which short sides training draws"
@@ -55,7 +55,7 @@ def candidates(
 
 def _to_try(model):
     "The candidates for a `ResNet`; a loaded one keeps the short sides of its training"
-    if learn := getattr(model, 'learn', None): return candidates(*short_sides(learn.dls), learn.dls.size)
+    if learn := getattr(model, 'learn', None): return candidates(*sides_of_training(learn.dls), learn.dls.size)
     sides = model.trained.training.get('short_sides')
     return candidates(*sides, model.size) if sides else list(tried)
 
@@ -114,7 +114,7 @@ def hint(
     a_photo = rows[-1]['seconds']/(3*len(learn.dls.photos['train']) + len(photos))     # a training step costs three forward passes
     if a_photo*52*least > seconds: return ''
     few = photos[np.linspace(0, len(photos) - 1, min(len(photos), int(seconds/52/a_photo))).astype(int)]
-    other = f'1crop@{training_scales(*short_sides(learn.dls), learn.dls.size)[0]}'
+    other = f'1crop@{training_scales(*sides_of_training(learn.dls), learn.dls.size)[0]}'
     parts, labels = model_parts(learn), learn.dls.labels
     targ = np.array([labels.encoding[labels(p)] for p in few])
     wrong = np.stack(list(_answers(parts, few, ['50crop', other])), 1).argmax(2) != targ

@@ -34,7 +34,7 @@ from ..engine.weight_sources import model_folder, read_weights
 from ..engine.weights import config_sum, imagenet_mean, json_bytes, misfit, saved_tensors, scaled
 from ..inference import paper_scales
 from .hub_card import front_matter
-from .protocol import protocol_scales, short_sides
+from .protocol import protocol_scales, sides_of_training
 from ..model import build_net
 
 
@@ -63,7 +63,7 @@ def _summary(learn, precision):
     past = dict(seconds=round(float(df.seconds.sum()), 1), lr=float(df.lr.iloc[0])) if len(df) else {}
     return dict(photos={s: len(p) for s,p in learn.dls.photos.items()}, epochs=len(df), **past, bs=int(learn.accumulate.bs),
                 micro_bs=int(learn.dls.train.bs), decay=learn.decay, precision=str(precision),
-                short_sides=[int(side) for side in short_sides(learn.dls)], **_beginning(learn))
+                short_sides=[int(side) for side in sides_of_training(learn.dls)], **_beginning(learn))
 
 
 def _beginning(learn):
