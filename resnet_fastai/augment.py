@@ -106,7 +106,7 @@ class ScaleJitterCrop(RandTransform):
         out = crop_photo(x, side, box)
         return (out.flip(-1) if mirrored else out).as_subclass(TensorImage)
 
-    def encodes(self, x:Image.Image):
+    def encodes(self, x:Image.Image):     # noqa: F811  fastai calls the one for the type
         side,box,mirrored = self.draw(*x.size)
         out = resize_short(x, side).crop(box)
         return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else out

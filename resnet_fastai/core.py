@@ -45,6 +45,13 @@ def _delegates(first, second):
     return lambda f: delegates(linked)(delegates(first, keep=True)(f))
 
 # %% ../nbs/06_core.ipynb #2d35f55c
+def _defaults(arch, bs, kwargs):
+    "(bs, kwargs): from weights smaller batches, their crop size, an output for each label"
+    if kwargs.get('weights') is None: return 256 if bs is None else bs, kwargs
+    weights = read_weights(kwargs['weights'], arch)
+    kwargs = dict(n_out=None, size=weights.size or 224) | kwargs | dict(weights=weights)
+    return 32 if bs is None else bs, kwargs
+
 class ResNet(Practice):
     "The paper's network on your photos: `fit`, `predict`, `predict_n`, `evaluate`, `save`, `load`"
     @_delegates(resnet_learner, resnet_dls)
@@ -63,10 +70,7 @@ class ResNet(Practice):
         sync_bn:bool=False, # With several GPUs: BN over the photos of all of them
         **kwargs
     ):
-        if (weights := kwargs.get('weights')) is not None:
-            weights = kwargs['weights'] = read_weights(weights, arch)
-            kwargs = dict(n_out=None, size=weights.size or 224) | kwargs
-        bs = (256 if weights is None else 32) if bs is None else bs
+        bs, kwargs = _defaults(arch, bs, kwargs)
         if not all(isinstance(n, Integral) and n >= 1 for n in (bs, micro_bs)):
             raise DataError(f"bs={bs!r} and micro_bs={micro_bs!r} must be 1 or more, whole numbers")
         if seed is not None: set_seed(seed)

@@ -20,11 +20,11 @@ from fastcore.basics import patch
 
 from .augment import ColorStats, PhotoNormalize, ScaleJitterCrop
 from .engine.arguments import short_sides
-from .engine.class_folders import from_folders
-from .engine.demo_photos import demo_data
+from .engine.class_folders import from_folders  # noqa: F401  for users
+from .engine.demo_photos import demo_data  # noqa: F401  for users
 from .engine.fetch import resolve_data
 from .engine.files import DataError, LabelError, PhotoError, quote
-from .engine.ids import find_in, photo_ids
+from .engine.ids import find_in
 from .engine.label_files import (check_known, read_encoding, read_labels,
                                               refuse_orphans, refuse_twins)
 from .engine.layout import PhotoList, split_photos
@@ -191,6 +191,13 @@ def read_photos(
     return root, photos, stats
 
 # %% ../nbs/03_data.ipynb #bef1dbe8
+def _loaders(root, photos, labels, n_out, tfms, micro_bs, num_workers, device):
+    "The training and the validation loader; their batches wait in pinned memory for a GPU"
+    block = photo_block(labels, len(photos['train']), n_out, *tfms)
+    gpu = torch.device(default_device() if device is None else device).type == 'cuda'
+    return block.dataloaders(photos['train'] + photos['val'], path=root, bs=micro_bs,
+        num_workers=num_workers, device=device, pin_memory=gpu, drop_last=False)
+
 def resnet_dls(
     data_path:str|Path, # Folder with train/ and val/ (test/ may be there), or an archive's URL
     label_path:str|Path, # JSON {image id: label}, or a DataFrame of two columns
@@ -213,9 +220,6 @@ def resnet_dls(
     labels.vocab(n_out)                  # an index that does not fit is an error now
     root, photos, stats = read_photos(data_path, labels, stats, on_bad, num_workers)
     tfms = recipe(size, *short_sides(augment, size, min_side, max_side), stats, lighting)
-    dls = photo_block(labels, len(photos['train']), n_out, *tfms).dataloaders(
-        photos['train'] + photos['val'], path=root, bs=micro_bs, drop_last=False,
-        num_workers=num_workers, device=device,
-        pin_memory=torch.device(default_device() if device is None else device).type == 'cuda')
+    dls = _loaders(root, photos, labels, n_out, tfms, micro_bs, num_workers, device)
     dls.labels, dls.stats, dls.photos, dls.size = labels, stats, photos, size
     return dls

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.torch_core import TensorImage
+from fastcore.foundation import L
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -34,7 +35,7 @@ from .engine.layout import photo_inputs
 from .engine.photo import open_photo
 from .engine.precision import fast_precision
 from .engine.protocols import split_protocol
-from .engine.scores import error_rows
+from .engine.scores import error_table
 from .engine.shared import shared_out
 from .engine.splits import labelled_split, model_parts
 
@@ -208,9 +209,8 @@ def predict_probs(
     photos, one = photo_inputs(image)
     parts = SimpleNamespace(net=net, stats=stats, size=size)
     if scales: protocol = f"10crop@{','.join(map(str, scales))}"
-    workers = 0 if one else None
-    found = _answers(parts, photos, [protocol], lighting, 'probs', precision, workers, bs)
-    return next(found)[0] if one else np.concatenate(list(found))
+    rows = _answers(parts, photos, [protocol], lighting, 'probs', precision, 0 if one else None, bs)
+    return next(rows)[0] if one else np.concatenate(list(rows))
 
 # %% ../nbs/05_inference.ipynb #51c5a999
 def _trunk_and_head(net):
@@ -262,6 +262,15 @@ def _dense_answers(parts, photos, protocol, average, precision, num_workers, ski
         yield average_crops(found.log(), weights, average)
 
 # %% ../nbs/05_inference.ipynb #b9aa6804
+def _by_protocol(parts, photos, wanted, lighting, average, precision, num_workers):
+    "{protocol: (photos, n_out) probabilities}; each photo is decoded once for all crops"
+    probs, crops = {}, [p for p in wanted if not p.startswith('dense')]
+    for some in [crops]*bool(crops) + [[p] for p in wanted if p not in crops]:
+        ask = lambda ps: _answers(parts, ps, some, lighting, average, precision, num_workers)
+        what = parts.net, parts.stats, parts.size, some, lighting, average, precision
+        probs |= zip(some, np.stack(shared_out(ask, photos, what), 1))
+    return probs
+
 def evaluate(
     model, # A `ResNet`, or a learner over `resnet_dls`
     split:str='test', # 'test', 'val' or 'train'; its photos need labels
@@ -277,16 +286,8 @@ def evaluate(
     "Top-1 and top-5 error on a split, by one or more of the test protocols"
     one_of('average', average, ('probs', 'logits'))
     parts = model_parts(model)
-    protocol = protocol or parts.protocol       # 50 crops, unless another was chosen
-    wanted = [protocol] if isinstance(protocol, str) else list(protocol)
+    wanted = list(L(protocol or parts.protocol))     # 50 crops, unless another was chosen
     for p in wanted: split_protocol(p, parts.size)                # or its error
     photos, targ = labelled_split(parts, split, data_path, label_path)
-    probs, labels = {}, parts.labels if per_class else None
-    crops = [p for p in wanted if not p.startswith('dense')]
-    for some in [crops]*bool(crops) + [[p] for p in wanted if p not in crops]:
-        ask = lambda ps: _answers(parts, ps, some, lighting, average, precision, num_workers)
-        what = parts.net, parts.stats, parts.size, some, lighting, average, precision
-        probs |= zip(some, np.stack(shared_out(ask, photos, what), 1))
-    rows = [row for p in wanted for row in error_rows(p, probs[p], targ, labels)]
-    text = lambda k: object if k == 'label' else None             # a label is any text
-    return pd.DataFrame({k: pd.Series([r[k] for r in rows], dtype=text(k)) for k in rows[0]})
+    probs = _by_protocol(parts, photos, wanted, lighting, average, precision, num_workers)
+    return error_table(wanted, probs, targ, parts.labels if per_class else None)

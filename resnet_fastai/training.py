@@ -25,12 +25,13 @@ from fastai.torch_core import maybe_gather
 
 from .engine.arguments import check_learner
 from .engine.balance import balancing
-from .engine.checkpoint import Checkpoint, ResumableLearner
+from .engine.checkpoint import Checkpoint  # noqa: F401  for users
+from .engine.checkpoint import describe, ResumableLearner
 from .engine.cuda_graph import CudaGraph
 from .engine.files import DataError
 from .engine.fine_tuning import FrozenBN, stage_groups
 from .engine.finite import FiniteLoss
-from .engine.history import History, plot_history
+from .engine.history import History, plot_history  # noqa: F401
 from .engine.precision import Precision, precision_and_layout
 from .engine.weight_sources import read_weights
 from .engine.weights import start_from
@@ -241,14 +242,6 @@ class WarmUp(Callback):
         self.over = len(self.errors) == self.window and sum(self.errors)/self.window < self.until
         if self.over: self.opt.set_hyper('lr', self.full)
 
-# %% ../nbs/04_training.ipynb #39fa319a
-def _tell(learn, spec, decay, started, one_cycle, asked_lr):
-    "What checkpoints and saved models want to know of a learner"
-    learn.decay,learn.weights,learn.one_cycle,learn.asked_lr = decay,started,one_cycle,asked_lr
-    if (kind := learn.precision.kind) != 'fp32': spec['precision'] = kind
-    learn.spec = spec | (dict(weights=started['sha256']) if started else {})
-    return learn
-
 # %% ../nbs/04_training.ipynb #20ac4582
 def _network(arch, dls, weights, net_args, channels_last, compile):
     "(network, what it is, where its weights come from)"
@@ -264,6 +257,10 @@ def _network(arch, dls, weights, net_args, channels_last, compile):
 def _schedule(schedule, patience, min_delta):
     if schedule in (None, 'one_cycle'): return PlateauLR(patience=patience, min_delta=min_delta)
     return schedule
+
+def _metrics(dls, more):
+    top5 = [top5_error]*(len(getattr(dls, 'labels', dls.vocab)) > 5)   # of fewer it says nothing
+    return [top1_error, *top5, *L(more)]
 
 def resnet_learner(
     dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos and a `vocab`
@@ -295,9 +292,8 @@ def resnet_learner(
     cbs = [Accumulate(bs), _schedule(schedule, patience, min_delta), FrozenBN(), History(),
            FiniteLoss(), Precision(precision, channels_last), *balancing(balance), *L(cbs),
            *[CudaGraph()]*graph]
-    top5 = [top5_error]*(len(getattr(dls, 'labels', dls.vocab)) > 5)   # of fewer it says nothing
     learn = ResumableLearner(
         dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,
         lr=default_lr(bs) if lr is None else lr, wd_bn_bias=decay != 'weights', cbs=cbs,
-        metrics=[top1_error, *top5, *L(metrics)], train_bn=train_bn, splitter=stage_groups)
-    return _tell(learn, spec, decay, started, schedule == 'one_cycle', lr)
+        metrics=_metrics(dls, metrics), train_bn=train_bn, splitter=stage_groups)
+    return describe(learn, spec, decay, started, schedule == 'one_cycle', lr)

@@ -270,6 +270,21 @@ def graceful_interrupt(learn):
     raise KeyboardInterrupt(advice)
 
 
+def describe(
+    learn:ResumableLearner, # Just made
+    spec:dict, # How to build its network: arch, stride_at, …
+    decay:str, # 'weights', 'conv_fc' or 'all'
+    started:dict|None, # Where its weights come from; None: drawn anew
+    one_cycle:bool, # Does `fit` train by one cycle?
+    asked_lr:float|None, # The rate that the user gave
+) -> ResumableLearner: # The same
+    "Write down what checkpoints and saved models need to know about a learner"
+    learn.decay,learn.weights,learn.one_cycle,learn.asked_lr = decay,started,one_cycle,asked_lr
+    if (kind := learn.precision.kind) != 'fp32': spec = spec | dict(precision=kind)
+    learn.spec = spec | (dict(weights=started['sha256']) if started else {})
+    return learn
+
+
 def run_identity(
     learn:Learner, # Made by `resnet_learner`
 ) -> dict: # Of numbers, strings, lists and dicts

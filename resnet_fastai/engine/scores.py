@@ -1,5 +1,6 @@
 """Error rates of predictions, each with its 95 % interval."""
 import numpy as np
+import pandas as pd
 
 
 def wilson(
@@ -49,3 +50,15 @@ def error_rows(
     for label, g in groups.items():
         row = dict(protocol=protocol) | (dict(label=label) if labels else {}) | dict(photos=len(targ[g])) | error_rates(probs[g], targ[g])
         yield row | ({} if labels else balanced_error(probs.argmax(1) != targ, targ))
+
+
+def error_table(
+    protocols:list, # Their names, in the table's order
+    probs:dict, # {name: (n,n_out) probabilities}
+    targ:np.ndarray, # (n,) indices
+    labels=None, # A `LabelMap`: a row for each protocol and class; None: for each protocol
+) -> pd.DataFrame: # protocol, [label,] photos, top1_error, top1_low, …
+    "The rows of several protocols as a table; labels stay text whatever they look like"
+    rows = [row for p in protocols for row in error_rows(p, probs[p], targ, labels)]
+    text = lambda k: object if k == 'label' else None
+    return pd.DataFrame({k: pd.Series([r[k] for r in rows], dtype=text(k)) for k in rows[0]})

@@ -1,5 +1,4 @@
 """Several runs side by side: errors with intervals on the same photos, the test that says whether they differ, and their curves."""
-import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt

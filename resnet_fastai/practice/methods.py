@@ -2,6 +2,7 @@
 
 `core.ResNet` inherits `Practice`; what the methods do is told where their functions are."""
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +11,8 @@ from fastai.interpret import ClassificationInterpretation
 from fastcore.meta import delegates
 
 from . import embed as vectors, look, predict_folder as folders, protocol, share, suspects as suspecting, trust as trusting
+
+if TYPE_CHECKING: from ..core import ResNet
 
 
 class Practice:

@@ -20,7 +20,7 @@ from ..engine.layout import _scan, link_photo, list_photos, split_photos, splits
 from ..engine.batching import prefetch
 from ..engine.loader import each_photo, join_processes, local_rank0_first
 from ..engine.near import nearest, side, small_grey
-from ..engine.photo import Photo, open_photo
+from ..engine.photo import Photo
 from ..engine.shared import shared_out
 from ..engine.shards import open_shards
 

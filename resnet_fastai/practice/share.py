@@ -31,7 +31,7 @@ from ..data import LabelMap
 from ..engine.calibration import in_effect
 from ..engine.files import DataError, read_json_object, atomic_write
 from ..engine.weight_sources import model_folder, read_weights
-from ..engine.weights import config_sum, imagenet_mean, imagenet_std, json_bytes, misfit, saved_tensors, scaled
+from ..engine.weights import config_sum, imagenet_mean, json_bytes, misfit, saved_tensors, scaled
 from ..inference import paper_scales
 from .hub_card import front_matter
 from .protocol import protocol_scales

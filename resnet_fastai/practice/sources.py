@@ -18,8 +18,8 @@ from ..engine.class_folders import from_folders
 from ..engine.fetch import resolve_data
 from ..engine.files import DataError, LabelError, read_json_object
 from ..engine.layout import DataPaths, _finish, _new_folder, _scan, link_photo, list_photos
-from .exports import from_export
-from .tables import from_csv, read_table
+from .exports import from_export  # noqa: F401  from here to users
+from .tables import from_csv, read_table  # noqa: F401
 
 
 def _read(path):
