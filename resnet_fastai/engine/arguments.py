@@ -1,4 +1,5 @@
 """Checks of arguments, whose error messages say what would do."""
+from inspect import signature
 from numbers import Integral
 
 from .files import DataError
@@ -21,6 +22,14 @@ def whole_number(
     "The value, if it is a whole number from 1 on; a ValueError otherwise"
     if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1: return int(value)
     raise ValueError(f"{name} is {value!r:.80}; it must be a whole number, 1 or more")
+
+
+def take(
+    kwargs:dict, # Arguments; those of `f` are taken out
+    f, # A function
+) -> dict: # Arguments for `f`
+    "Split the arguments of a function from others"
+    return {k: kwargs.pop(k) for k in signature(f).parameters if k in kwargs}
 
 
 def check_learner(

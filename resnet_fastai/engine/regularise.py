@@ -1,6 +1,6 @@
 """What helps few photos: label smoothing, MixUp and CutMix, an average of the weights, and an end when validation no longer improves.
 
-`regularising` makes the callbacks and `smoothed` the loss; `resnet_learner` passes its arguments of the same names on. Each draws, counts and
+`resnet_learner` passes its arguments of the same names on to `regularising`. Each draws, counts and
 averages so that a run that was stopped goes on to the same weights."""
 from numbers import Real
 
@@ -189,14 +189,17 @@ class EarlyStopping(Callback):
 # ── All of them ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def regularising(
-    mixup:float=0, # Alpha of MixUp; 0: none
-    cutmix:float=0, # Alpha of CutMix; 0: none
-    ema:float=0, # Decay of the average; 0: none
-    early_stopping:int|None=None, # Epochs without improvement; None: never
-) -> list: # Of callbacks
-    "The callbacks that help few photos, as far as they are wanted"
+    dls, # Loaders; those of `resnet_dls` know which outputs have a label
+    loss_func, # The loss that was asked for; None: cross-entropy
+    label_smoothing:float=0, # The share of each target that is spread over all labels, such as .1; 0: none
+    mixup:float=0, # Alpha with which MixUp draws how much of two photos is blended, such as .4; 0: never
+    cutmix:float=0, # Alpha with which CutMix draws how much of a photo another one covers, such as 1; 0: never
+    ema:float=0, # Decay of an average of the weights, which is validated, saved and predicted with, such as .999; 0: none
+    early_stopping:int|None=None, # Epochs without a better validation loss after which a fit ends; None: never
+) -> tuple: # (loss function, callbacks)
+    "What helps few photos, as far as it is wanted"
     mixup, cutmix = _number('mixup', mixup, float('inf'), .4), _number('cutmix', cutmix, float('inf'), 1)
     ema = _number('ema', ema, 1, .999)
     if mixup and cutmix: raise DataError("mixup and cutmix would mix each photo twice; pass one of the two")
     asked = (_MixUp, mixup or None), (_CutMix, cutmix or None), (EMA, ema or None), (EarlyStopping, early_stopping)
-    return [make(value) for make,value in asked if value is not None]
+    return smoothed(label_smoothing, loss_func, dls), [make(value) for make,value in asked if value is not None]
