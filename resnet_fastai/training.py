@@ -21,9 +21,8 @@ from fastai.data.core import DataLoaders
 from fastai.imports import L, noop
 from fastai.optimizer import l2_reg, Optimizer, SGD
 from fastai.torch_core import maybe_gather
-from fastcore.meta import delegates
 
-from .engine.arguments import check_learner, take
+from .engine.arguments import also_takes, check_learner, take
 from .engine.balance import balancing
 from .engine.checkpoint import Checkpoint  # noqa: F401  for users
 from .engine.checkpoint import describe, ResumableLearner
@@ -263,7 +262,7 @@ def _metrics(dls, more):
     top5 = [top5_error]*(len(getattr(dls, 'labels', dls.vocab)) > 5)   # of fewer it says nothing
     return [top1_error, *top5, *L(more)]
 
-@delegates(regularising, keep=True)
+@also_takes(regularising)
 def resnet_learner(
     dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos and a `vocab`
     arch:str|None=None, # A name that `build_net` knows; None: the weights' own, or resnet50
