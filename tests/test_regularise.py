@@ -372,3 +372,15 @@ def test_a_value_that_is_not_there(photos, tmp_path):
 def test_train_takes_them_too(photos):
     learn = train(*photos, epochs=1, **settings, mixup=.4, label_smoothing=.1, ema=.9, early_stopping=1)
     assert {'mixup', 'ema', 'early_stopping'} <= {cb.name for cb in learn.cbs} and isinstance(learn.loss_func, SmoothedLoss) and isinstance(learn.ema, EMA)
+
+
+def test_the_card_says_what_helped(photos, tmp_path):
+    m = fit(ResNet(*photos, **settings, mixup=.4, label_smoothing=.1, ema=.9, early_stopping=3, balance='loss'), 1)
+    m.save(tmp_path/'m')
+    told = json.loads((tmp_path/'m'/'config.json').read_text())['training']['beyond']
+    assert told == dict(label_smoothing=.1, mixup=.4, ema=.9, early_stopping=3, balance='loss')
+    card = (tmp_path/'m'/'README.md').read_text().replace('&#46;', '.').replace('&#61;', '=').replace('\\', '')
+    assert 'beyond the paper' in card and 'mixup=0.4' in card
+    assert ResNet.load(tmp_path/'m').trained.training['beyond'] == told
+    plain = fit(ResNet(*photos, **settings), 1).save(tmp_path/'plain')
+    assert 'beyond' not in json.loads((plain/'config.json').read_text())['training']

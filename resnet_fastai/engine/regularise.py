@@ -203,3 +203,12 @@ def regularising(
     if mixup and cutmix: raise DataError("mixup and cutmix would mix each photo twice; pass one of the two")
     asked = (_MixUp, mixup or None), (_CutMix, cutmix or None), (EMA, ema or None), (EarlyStopping, early_stopping)
     return smoothed(label_smoothing, loss_func, dls), [make(value) for make,value in asked if value is not None]
+
+
+def in_use(
+    learn, # Of `resnet_learner`
+) -> dict: # Of numbers and names, as the arguments were given
+    "Which of these a learner has, for the card of a model; and `balance`"
+    cbs, of = {cb.name: cb for cb in learn.cbs}, dict(mixup='alpha', cutmix='alpha', ema='decay', early_stopping='patience', balance='kind')
+    share = getattr(learn.loss_func, 'share', 0)
+    return (dict(label_smoothing=share) if share else {}) | {name: getattr(cbs[name], attr) for name,attr in of.items() if hasattr(cbs.get(name), attr)}
