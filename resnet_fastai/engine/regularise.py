@@ -1,7 +1,4 @@
-"""What helps few photos: label smoothing, MixUp and CutMix, an average of the weights, and an end when validation no longer improves.
-
-`resnet_learner` passes its arguments of the same names on to `regularising`. Each draws, counts and
-averages so that a run that was stopped goes on to the same weights."""
+"""What helps few photos: label smoothing, MixUp and CutMix, an average of the weights, and an end when validation no longer improves."""
 from numbers import Real
 
 import torch
