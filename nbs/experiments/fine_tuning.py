@@ -43,11 +43,7 @@ def published(file):
 
 
 def some_of(photos, n, seed, dest):
-<<<<<<< HEAD
-    "n training photos, as many of each class (or a list: how many of each), and all of the others"
-=======
-    "n training photos, equally many of each class, and all validation and test photos"
->>>>>>> main
+    "n training photos, equally many of each class (or a list: how many of each), and all validation and test photos"
     classes = sorted(p.name for p in (photos/'train').iterdir() if p.is_dir())
     for c, k in zip(classes, n if isinstance(n, list) else [n//len(classes)]*len(classes), strict=True):
         files = {s: sorted(list_photos(photos/s/c)) for s in ('train', 'validation', 'test')}
