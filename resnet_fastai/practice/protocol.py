@@ -38,8 +38,10 @@ def candidates(
     "The paper's protocols, and the same at the scales of the training"
     scales = training_scales(dls)
     least, every = scales[0], ','.join(map(str, scales))
-    some = [f'{crops}@{side}' for crops in ('1crop', '10crop') for side in (dls.size, least)]     # at dls.size a crop shows most of the photo
-    named = {protocol_scales(p, dls.size): p for p in [f'dense@{every}', f'10crop@{every}', *some, *tried]}     # one name for what is the same
+    # at dls.size a crop shows most of the photo
+    some = [f'{crops}@{side}' for crops in ('1crop', '10crop') for side in (dls.size, least)]
+    # one name for what is the same
+    named = {protocol_scales(p, dls.size): p for p in [f'dense@{every}', f'10crop@{every}', *some, *tried]}
     return list(named.values())[::-1]
 
 
