@@ -14,7 +14,7 @@ root = Path(__file__).resolve().parent.parent
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'paper(*rules): the rules of nbs/experiments/paper.json that the test proves')
-    config.addinivalue_line('markers', 'slow: starts many processes or waits for a timeout; the group takes about a minute on two idle cores')
+    config.addinivalue_line('markers', 'slow: starts many processes or waits for a timeout; the group takes about two minutes on two idle cores')
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # started in a script's background, where a shell turns Ctrl-C off
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -50,6 +50,15 @@ def photos(shared_data, tmp_path_factory):
 def clothing(shared_data, tmp_path_factory):
     "Class folders of 640 real photographs"
     return unpacked('clothing', shared_data, tmp_path_factory)
+
+
+@pytest.fixture(scope='session')
+def ranks():
+    "ranks(folder, '2:failing', …): jobs of tests/many.py in so many processes"
+    from ranks import Ranks
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope='module')

@@ -1,9 +1,10 @@
 """A training by several processes, as `torchrun` starts them.
 
     torchrun --standalone --nproc-per-node N many.py WHAT FOLDER
-    python many.py N:WHAT N:WHAT … FOLDER               # several jobs, forked by one process
+    python many.py serve                                # then a line of JSON for each request; see ranks.py
 
 Each process leaves what it knows in FOLDER/WHAT-N-RANK.pt; without `torchrun` it is one process."""
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 warnings.filterwarnings('ignore')
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.run as launcher  # noqa: E402
 from fastai.callback.core import Callback  # noqa: E402
 from fastai.learner import Metric  # noqa: E402
 from fastai.metrics import AccumMetric  # noqa: E402
@@ -30,9 +32,8 @@ from resnet_fastai.practice.prepare import check_data  # noqa: E402
 from resnet_fastai.training import PlateauLR  # noqa: E402
 
 torch.set_num_threads(1)
-rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-settings = dict(arch='cifar_resnet8', size=32, bs=12, micro_bs={1: 12, 2: 5, 3: 3, 6: 1}[ranks], num_workers=0, precision='fp32', patience=0,
-                min_delta=10, device='cpu')
+rank, ranks = 0, 1
+settings = dict(arch='cifar_resnet8', size=32, bs=12, num_workers=0, precision='fp32', patience=0, min_delta=10, device='cpu')
 
 
 class Watch(Callback):
@@ -61,7 +62,7 @@ class Surest(Metric):
 
 
 def model(paths, plain=False, **kw):
-    m = ResNet(*paths, **settings | dict(lighting=0. if plain else .1) | kw)
+    m = ResNet(*paths, **settings | dict(micro_bs={1: 12, 2: 5, 3: 3}.get(ranks, 1), lighting=0. if plain else .1) | kw)
     if plain:                                             # no BN: shares of a batch make the batch
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8*7*7, 1000))
@@ -74,7 +75,7 @@ def model(paths, plain=False, **kw):
 def weights(m): return {k: v.clone() for k, v in m.learn.model.state_dict().items()}
 
 
-def everything(paths, out):
+def without_bn(paths):
     "Gradients, photos, figures, the plateau"
     m = model(paths, plain=True, schedule=PlateauLR('surest', patience=0))
     m.learn.metrics = [*m.learn.metrics, AccumMetric(median_logit, flatten=False), Surest()]
@@ -82,9 +83,13 @@ def everything(paths, out):
     m.learn.add_cb(watch)
     before = m.learn.validate()
     m.learn.fit(3)
-    plain = dict(weights=weights(m), rows=m.learn.history.rows, lr=m.learn.lr, photos=watch.order_of, drops=m.learn.plateau_lr.drops,
-                 updates=watch.updates)
-    balanced = {}
+    return dict(weights=weights(m), rows=m.learn.history.rows, lr=m.learn.lr, photos=watch.order_of, drops=m.learn.plateau_lr.drops,
+                updates=watch.updates, before=list(before))
+
+
+def everything(paths, out):
+    "Also balanced classes, and BN"
+    plain, balanced = without_bn(paths), {}
     for kind in ('sampler', 'loss'):
         m = model(paths, plain=True, balance=kind)
         m.learn.add_cb(watch := Watch())
@@ -93,7 +98,7 @@ def everything(paths, out):
     m = model(paths)
     m.learn.fit(1)
     untouched = model(paths).learn.validate()
-    torch.save(dict(before=list(before), plain=plain, balanced=balanced, bn=weights(m), untouched=list(untouched), lr=m.learn.lr), out)
+    torch.save(dict(plain=plain, balanced=balanced, bn=weights(m), untouched=list(untouched), lr=m.learn.lr), out)
 
 
 def resumed(paths, out, folder, die_at=None):
@@ -142,7 +147,8 @@ class Disasters(Callback):
 
 
 def elastic(paths, out, folder):
-    "A run that is started again and again by torchrun"
+    "A run that is started again and again by torchrun; only the one that hangs must not wait long"
+    if ranks == 2 and (folder/'killed').exists() and not (folder/'hung').exists(): os.environ['RESNET_FASTAI_TIMEOUT'] = '20'
     m = model(paths, plain=True, micro_bs=1, run_folder=folder/'elastic', every=1, cbs=[Diary(f'{out}.txt', None), Disasters(folder)])
     m.fit(3, resume=True)
     torch.save(dict(weights=weights(m), rows=m.learn.history.rows), out)
@@ -223,37 +229,62 @@ def begun(paths, out, folder, ask, die_at=None):
     torch.save(dict(found=found, asked=asked, had=had), out)
 
 
-def forked(jobs, folder):
-    "Jobs one after the other, like '2:moving' for two processes; forked, so that they import nothing; ended as torchrun ends them. Prints the exit codes"
-    for job in jobs:
-        n, what = job.split(':')
-        with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-        pids = []
-        while len(pids) < int(n):
-            pids.append(os.fork())
-            if not pids[-1]: break
-        if not pids[-1]:
-            global rank, ranks
-            rank, ranks = len(pids) - 1, int(n)
-            if ranks > 1: os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-            code = 1
-            try: main(what, folder); code = 0
-            except SystemExit as e: code = e.code
-            except BaseException: traceback.print_exc()
-            finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
-        codes = {}
-        while len(codes) < len(pids):
-            pid, status = os.wait()
-            codes[pid] = os.waitstatus_to_exitcode(status)
-            if codes[pid]:
-                for other in {*pids} - {*codes}: os.kill(other, signal.SIGTERM)
-        print(f'\n{job}', *(codes[p] for p in pids), flush=True)            # perhaps after half a progress bar
+def serve():
+    "Answer a request in each line. What runs is forked, so that it imports nothing"
+    for line in sys.stdin:
+        kind, *what = json.loads(line)
+        print(json.dumps(dict(jobs=jobs, agent=agent, wait=wait)[kind](*what)), flush=True)
+
+
+def child(folder, env, act, *args):
+    "The process id of a new process that does something, and adds what it says to FOLDER/said.txt"
+    if (pid := os.fork()): return pid
+    os.environ |= dict(FASTAI_HOME=f'{folder}/fastai') | env
+    log, code = os.open(f'{folder}/said.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1
+    for fd in (1, 2): os.dup2(log, fd)
+    try: act(*args); code = 0
+    except SystemExit as e: code = e.code
+    except BaseException: traceback.print_exc()
+    finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+
+
+def wait(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def jobs(folder, *jobs):
+    "Jobs like '2:moving' for two processes, one after the other; the exit codes of each"
+    return [forked(int(n), what, Path(folder)) for n, what in (job.split(':') for job in jobs)]
+
+
+def forked(n, what, folder):
+    "Processes that are ended as torchrun ends them: when one fails, the others get SIGTERM"
+    with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+    env = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)) if n > 1 else {} for r in range(n)]
+    pids, codes = [child(folder, e, main, what, folder) for e in env], {}
+    while len(codes) < n:
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid]:
+            for other in {*pids} - {*codes}: os.kill(other, signal.SIGTERM)
+    return [codes[p] for p in pids]
+
+
+def agent(folder, what, env, *options):
+    "A machine: `torchrun` with these options, whose processes are forked; its process id. `wait` for it before further jobs"
+    def start():
+        os.setsid()
+        config, *_ = launcher.config_from_args(launcher.parse_args([*options, '--start-method', 'fork', __file__]))
+        launcher.elastic_launch(config, main)(what, Path(folder))
+    return child(folder, env, start)
 
 
 def main(what, folder):
+    global rank, ranks
+    rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     root = folder/'drawn'
     paths, out = DataPaths(root, root/'labels.json', root/'encoding.json'), folder/f'{what}-{ranks}-{rank}.pt'
     if what == 'everything': everything(paths, out)
+    elif what.startswith('plain'): torch.save(dict(plain=without_bn(paths)), out)
     elif what == 'untouched': resumed(paths, out, folder/'run-untouched')
     elif what.startswith('killed'): resumed(paths, out, folder/'run-killed', die_at=5 if what == 'killed' else None)
     elif what.startswith('moving'): moving(paths, out, folder/what.split('-')[1], (what.split('-') + [''])[2])
@@ -268,5 +299,5 @@ def main(what, folder):
 
 
 if __name__ == '__main__':
-    if ':' in sys.argv[1]: forked(sys.argv[1:-1], Path(sys.argv[-1]))
+    if sys.argv[1] == 'serve': serve()
     else: main(sys.argv[1], Path(sys.argv[2]))

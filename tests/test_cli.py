@@ -15,7 +15,7 @@ import pytest
 
 from patience import run, until
 
-commands = ['demo', 'split', 'check', 'stats', 'train', 'resume', 'evaluate', 'predict', 'calibrate', 'export', 'app']
+commands = ['demo', 'split', 'check', 'stats', 'train', 'resume', 'evaluate', 'choose', 'predict', 'calibrate', 'export', 'app']
 small = '--arch cifar_resnet8 --size 32 --bs 8 --num-workers 0'.split()
 labelled = ['photos', 'photos/labels.json', 'photos/encoding.json']
 
@@ -138,7 +138,9 @@ def test_the_defaults_are_those_of_the_library():
     ['train', 'photos', 'photos/labels.json', '--model', 'm'], ['train', *labelled, '--model', 'm', '--epochs', 'two'],
     ['train', *labelled, '--model', 'm', '--bs', '0'], ['train', *labelled, '--model', 'm', '--precision', 'fp8'],
     ['evaluate', 'm', *labelled[:2], '--split', 'dev'], ['evaluate', 'm', *labelled[:2], '--protocol', '7crop'], ['predict', 'm'],
-    ['predict', 'm', 'a.jpg', '--n', '0'], ['export', 'm', 'd', '--format', 'coreml'], ['resume', 'r', '--epochs', '-1'], ['stats'], ['app', 'm', '--min-prob', '2'], ['app']])
+    ['predict', 'm', 'a.jpg', '--n', '0'], ['export', 'm', 'd', '--format', 'coreml'], ['resume', 'r', '--epochs', '-1'], ['stats'], ['app', 'm', '--min-prob', '2'], ['app'],
+    ['evaluate', 'm', 'photos'], ['evaluate', 'm', *labelled[:2], '--folders'], ['check', *labelled[:2]], ['choose', 'm', 'photos'],
+    ['calibrate', 'm', *labelled[:2], '--folders']])
 def test_usage(shell, args):
     done = shell(*args)
     assert done.code == 2 and not done.out and 'Error: ' in done.err and 'Traceback' not in done.err, done
@@ -424,6 +426,11 @@ def test_class_folders(shell, tmp_path):
     os.kill(shell.pid, signal.SIGKILL)
     assert shell.wait().code == -9 and shell('resume', 'k-run', cwd=tmp_path).code == 0 and epochs(tmp_path/'k') == 1
     refused(shell('train', 'classes', '--folders', '--model', 'n', *small, '--arch', 'vgg', cwd=tmp_path), 'vgg')
+    assert shell('check', 'classes', '--folders', cwd=tmp_path).out.startswith('nothing is wrong')
+    chosen = json.loads(shell('choose', 'm', 'classes', '--folders', '--to', 'chosen', '--json', cwd=tmp_path).out)['protocols'][0]
+    assert json.loads((tmp_path/'chosen'/'config.json').read_text())['protocol'] == chosen['protocol'] and chosen['photos'] == len([*(tmp_path/'classes'/'val').glob('*/*')])
+    measured = json.loads(shell('evaluate', 'chosen', 'classes', '--folders', '--split', 'val', '--json', cwd=tmp_path).out)['errors'][0]
+    assert measured['protocol'] == chosen['protocol'] and measured['top1_error'] == chosen['top1_error']
     assert not (tmp_path/'n-run'/'data').exists()
 
 

@@ -124,6 +124,8 @@ def test_a_loaded_model_chooses_on_photos_that_it_is_given(model, paths, tmp_pat
     with pytest.raises(DataError, match='pass data_path and label_path'): loaded.choose_protocol()
     found = loaded.choose_protocol(['1crop@48', '10crop@48'], data_path=paths.data_path, label_path=paths.label_path)
     assert loaded.protocol == found.protocol[0] and ResNet.load(loaded.save(tmp_path/'n')).protocol == loaded.protocol
+    every = loaded.choose_protocol(data_path=paths.data_path, label_path=paths.label_path)                       # at the scales of its training too
+    assert {*every.protocol} == {*model.choose_protocol().protocol} > {'1crop', '10crop', '50crop'}
     with pytest.raises(DataError, match='no protocol'): loaded.choose_protocol([], data_path=paths.data_path, label_path=paths.label_path)
 
 

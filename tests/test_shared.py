@@ -10,11 +10,10 @@ import pandas as pd
 import pytest
 
 from patience import run
+from ranks import left
 from resnet_fastai.data import demo_data
 from resnet_fastai.engine.files import DataError
-from resnet_fastai.engine.files import DataError
 from resnet_fastai.engine.shared import shared_out
-from test_many import forked, left
 
 
 @pytest.fixture(scope='module')
@@ -30,9 +29,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def found(folder):
+def found(ranks, folder):
     "The tables that one, two and three processes make of the same photos"
-    codes, said = forked(folder, '1:tables', '2:tables', '3:tables', '2:begun-predict-4', '1:begun-predict', '2:begun-evaluate-4', '3:begun-evaluate')
+    codes, said = ranks(folder, '1:tables', '2:tables', '3:tables', '2:begun-predict-4', '1:begun-predict', '2:begun-evaluate-4', '3:begun-evaluate')
     assert [codes[k] for k in (0, 1, 2, 4, 6)] == [[0], [0]*2, [0]*3, [0], [0]*3], said
     for k in (3, 5): assert codes[k][0] and codes[k][1] == -signal.SIGKILL, said
     return {n: left(n, 'tables', folder) for n in (1, 2, 3)}

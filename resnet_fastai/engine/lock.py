@@ -3,14 +3,18 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .files import DataError
 
 try: import fcntl
-except ImportError: fcntl = None                            # Windows: no lock
+except ImportError: fcntl = None                            # Windows
+try: import msvcrt
+except ImportError: msvcrt = None                           # every other system; where both are missing there is no lock
 
 _mine = {}                                                  # {folder: its lock's file}, of this process
+_far = 1 << 30                                              # the byte that is locked on Windows, where nobody reads a locked one: behind the note
 
 
 def lock_folder(
@@ -19,19 +23,12 @@ def lock_folder(
     "Keep every other writer out until `unlock_folder`, or until this process ends, however it ends; a `DataError` says who is in"
     folder = os.path.realpath(folder)
     if folder in _mine: raise DataError(f"{folder} is in use by another training of this process; wait for its end, or name another folder")
-    path = os.path.join(folder, '.lock')
-    while True:
-        f = open(path, 'a+', encoding='utf-8')
-        try: fcntl and fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            with f: raise DataError(f"{folder} is in use by {_holder(f)}; wait for its end, stop it, or name another folder") from None
-        except OSError: pass                                # a file system without locks
-        if _still_there(path, f): break
-        f.close()                                           # the one before has just taken the file away
-    f.seek(0)
-    f.truncate()
-    json.dump(dict(host=socket.gethostname(), pid=os.getpid(), since=time.strftime('%Y-%m-%d %H:%M:%S')), f)
-    f.flush()
+    f = _locked(folder, os.path.join(folder, '.lock'))
+    with suppress(OSError):                                 # the note is for people
+        f.seek(0)
+        f.truncate()
+        json.dump(dict(host=socket.gethostname(), pid=os.getpid(), since=time.strftime('%Y-%m-%d %H:%M:%S')), f)
+        f.flush()
     _mine[folder] = f
 
 
@@ -40,9 +37,35 @@ def unlock_folder(
 ):
     "Let others write in a folder"
     if not (f := _mine.pop(os.path.realpath(folder), None)): return
-    try: os.unlink(f.name)
-    except OSError: pass
-    f.close()                                               # only now does the lock end
+    if msvcrt: _release(f)                                  # Windows removes no open file
+    with suppress(OSError): os.unlink(f.name)
+    f.close()                                               # elsewhere the lock ends only now
+
+
+def _locked(folder, path):
+    "The lock's file, open and locked"
+    for attempts in reversed(range(100)):                   # on some network drives a file never looks like itself
+        f = open(path, 'a+', encoding='utf-8')
+        try: _lock(f)
+        except (BlockingIOError, PermissionError):
+            with f: raise DataError(f"{folder} is in use by {_holder(f)}; wait for its end, stop it, or name another folder") from None
+        except OSError: pass                                # a file system without locks
+        if not attempts or _still_there(path, f): return f
+        f.close()                                           # the one before has just taken the file away
+
+
+def _lock(f):
+    if fcntl: return fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not msvcrt: return
+    os.lseek(f.fileno(), _far, os.SEEK_SET)
+    msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+
+
+def _release(f):
+    with suppress(OSError), f:
+        f.flush()
+        os.lseek(f.fileno(), _far, os.SEEK_SET)
+        msvcrt.locking(f.fileno(), msvcrt.LK_UNLCK, 1)
 
 
 def _still_there(path, f):

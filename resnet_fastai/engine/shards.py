@@ -100,13 +100,17 @@ def fetch_index(
 
 # ── The bytes ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-if hasattr(os, 'pread'): _at = os.pread
-else:                                                                 # Windows
-    _turn = threading.Lock()
-    def _at(fd, size, offset):
-        with _turn:
-            os.lseek(fd, offset, os.SEEK_SET)
-            return os.read(fd, size)
+_turn = threading.Lock()
+
+
+def _seek_and_read(fd, size, offset):
+    "`os.pread`, which Windows lacks"
+    with _turn:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, size)
+
+
+_at = getattr(os, 'pread', _seek_and_read)
 
 
 def _pread(fd, size, offset) -> bytearray:

@@ -1,6 +1,6 @@
 """Check, train, stop, go on, measure and predict without opening Python."""
-__all__ = ['app', 'Json', 'demo_args', 'Data', 'Labels', 'Encoding', 'OnBad', 'Precision', 'Balance', 'Schedule', 'Split', 'Protocol',
-           'Format', 'limits', 'LogStream', 'plain', 'table', 'answering', 'records', 'main', 'stoppable', 'demo',
+__all__ = ['app', 'Json', 'demo_args', 'Data', 'Labels', 'Encoding', 'ByFolders', 'OnBad', 'Precision', 'Balance', 'Schedule', 'Split',
+           'Protocol', 'Format', 'limits', 'LogStream', 'plain', 'table', 'answering', 'records', 'main', 'stoppable', 'demo',
            'split', 'check', 'stats', 'resume']
 
 import csv
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -200,8 +201,19 @@ def demo(
                f'look at {folder}/curves.png and {folder}/predictions.png; the model is in {folder}/model')
 
 Data = Annotated[str, typer.Argument(help='Folder with train/ and val/, or its shards, or the URL of an archive or of shards')]
-Labels = Annotated[Path, typer.Argument(help='JSON {image id: label}')]
-Encoding = Annotated[Path, typer.Argument(help='JSON {label: index}')]
+Labels = Annotated[Optional[Path], typer.Argument(help='JSON {image id: label}')]
+Encoding = Annotated[Optional[Path], typer.Argument(help='JSON {label: index}')]
+ByFolders = Annotated[bool, typer.Option('--folders', help='The photos lie in SPLIT/CLASS/ or in CLASS/; no label files')]
+
+
+@contextmanager
+def _labelled(data_path, files, folders):
+    "(photos, labels, encoding) as named, or of class folders: then links to the photos, for the time being"
+    if folders == (None not in files) or folders and any(files):
+        raise typer.BadParameter('name DATA_PATH and the label files; or DATA_PATH and --folders')
+    if not folders: yield data_path, *files; return
+    from resnet_fastai.data import from_folders
+    with tempfile.TemporaryDirectory() as tmp: yield from_folders(data_path, Path(tmp)/'data')
 
 
 @app.command(short_help='draw validation photos from a heap that has none')
@@ -228,13 +240,14 @@ def split(
         answer([f._asdict() for f in found], '\n'.join(' '.join(map(plain, f)) for f in found))
 
 @app.command(short_help='read every photo and match every label before training does')
-def check(data_path: Data, label_path: Labels, label_encoding: Encoding, as_json: Json = False):
+def check(data_path: Data, label_path: Labels = None, label_encoding: Encoding = None, folders: ByFolders = False,
+          as_json: Json = False):
     """Read every photo, match every label, and list what is wrong; exit code 1 if anything is.
 
     Example: resnet-fastai check photos labels.json encoding.json"""
-    with answering(as_json) as answer:
+    with answering(as_json) as answer, _labelled(data_path, (label_path, label_encoding), folders) as paths:
         from resnet_fastai.practice.prepare import check_data
-        found = records(check_data(data_path, label_path, label_encoding))
+        found = records(check_data(*paths))
         answer(dict(problems=found), table(found) or 'nothing is wrong')
         if found: raise typer.Exit(1)
 
@@ -495,7 +508,8 @@ def _errors_shown(row):
 @app.command('evaluate', short_help="errors by the paper's test protocols")
 def _evaluate(
     model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
-    data_path: Data, label_path: Labels,
+    data_path: Data, label_path: Labels = None,
+    folders: ByFolders = False,
     split: Annotated[Split, typer.Option(help='Which photos')] = 'test',
     protocol: Annotated[Optional[list[Protocol]], typer.Option(help="What the network sees of a photo; may be given several times; "
                                                                     "without it the model's own, 50 crops unless "
@@ -506,11 +520,11 @@ def _evaluate(
     """Top-1 and top-5 error of a model on photos with labels.
 
     Example: resnet-fastai evaluate flowers photos labels.json --protocol 10crop --protocol 50crop"""
-    with answering(as_json) as answer:
+    with answering(as_json) as answer, _labelled(data_path, (label_path,), folders) as (photos, labels, *_):
         from resnet_fastai.core import ResNet
         from resnet_fastai.inference import evaluate
         found = records(evaluate(ResNet.load(model), split.value, [p.value for p in protocol] if protocol else None, per_class=per_class,
-                                 data_path=data_path, label_path=label_path))
+                                 data_path=photos, label_path=labels))
         answer(dict(split=split.value, errors=found), table([_errors_shown(row) for row in found]))
 
 
@@ -565,6 +579,33 @@ def _predict(
         if lines or as_json: answer(found, '\n'.join(lines))
         if bad: raise typer.Exit(1 if len(bad) == len(found) else _unless_many(3))
 
+def _protocol_shown(row):
+    "A row of `choose` as people read it"
+    return dict(protocol=row.protocol, photos=row.photos, **{'top-1 error': f'{row.top1_error:.2%}',
+                '95 %': f'{row.top1_low:.1%} to {row.top1_high:.1%}', 'log loss': f'{row.log_loss:.4f}', 'crops': row.crops})
+
+
+@app.command('choose', short_help='which crops to predict with, by the validation photos')
+def _choose(
+    model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
+    data_path: Data, label_path: Labels = None,
+    folders: ByFolders = False,
+    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with the best of them; without it they are '
+                                                    'only shown')] = None,
+    as_json: Json = False,
+):
+    """Compare 1, 10 and 50 crops and the dense way, at the paper's scales and at those of the training, on the validation photos.
+
+    Example: resnet-fastai choose flowers photos labels.json --to flowers-chosen"""
+    with answering(as_json) as answer, _labelled(data_path, (label_path,), folders) as (photos, labels, *_):
+        from resnet_fastai.core import ResNet
+        net = ResNet.load(model)
+        rows = net.choose_protocol(data_path=photos, label_path=labels)
+        if to: net.save(to)
+        shown = table([_protocol_shown(r) for r in rows.itertuples()])
+        answer(dict(protocols=records(rows), model=to), shown + f'\nsaved in {plain(_near(to))}'*bool(to))
+
+
 def _calibration_shown(row):
     "A row of `calibrate` as people read it"
     return dict(when=row.when, temperature=f'{row.temperature:.3f}', **{'log loss': f'{row.log_loss:.4f}', 'ECE': f'{row.ece:.1%}',
@@ -574,7 +615,8 @@ def _calibration_shown(row):
 @app.command('calibrate', short_help='probabilities that mean what they say, and "not sure"')
 def _calibrate(
     model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
-    data_path: Data, label_path: Labels,
+    data_path: Data, label_path: Labels = None,
+    folders: ByFolders = False,
     split: Annotated[Split, typer.Option(help='Photos that training has not learned from')] = 'val',
     precision: Annotated[Optional[float], typer.Option(min=0, max=1, help='Find the probability below which an answer is "not sure", so '
                                                                           'that this share of the answers is right, such as .95')] = None,
@@ -585,10 +627,10 @@ def _calibrate(
     """Fit a temperature to photos with labels, and find the threshold for "not sure".
 
     Example: resnet-fastai calibrate flowers photos labels.json --precision .95 --to flowers-sure"""
-    with answering(as_json) as answer:
+    with answering(as_json) as answer, _labelled(data_path, (label_path,), folders) as (photos, labels, *_):
         from resnet_fastai.core import ResNet
         net = ResNet.load(model)
-        where = dict(split=split.value, data_path=data_path, label_path=label_path)
+        where = dict(split=split.value, data_path=photos, label_path=labels)
         rows = net.calibrate(**where).reset_index(names='when')
         least = None if precision is None else net.threshold(precision, **where).to_dict()
         if to: net.save(to)

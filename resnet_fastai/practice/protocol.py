@@ -23,26 +23,41 @@ def protocol_scales(
     return kind, scales or (usual if kind in ('50crop', 'dense') else usual[1:2])
 
 
-def training_scales(
+def sides_of_training(
     dls, # Of `resnet_dls`
-) -> tuple: # Up to three lengths, pixels: the shortest that training draws, a quarter and half of the way to the longest
-    "Short sides that training has seen"
+) -> tuple: # (shortest, longest), pixels
+    "Between which short sides training draws"
     crop = next((t for t in dls.after_item.fs if hasattr(t, 'min_side') and hasattr(t, 'max_side')), None)
-    low, high = (crop.min_side, crop.max_side) if crop else (dls.size, dls.size)
-    return tuple(dict.fromkeys(max(dls.size, round(low + q*(high - low))) for q in (0, .25, .5)))
+    return (crop.min_side, crop.max_side) if crop else (dls.size, dls.size)
+
+
+def training_scales(
+    low:int, # Shortest short side that training draws, pixels
+    high:int, # Longest
+    size:int, # Side of the crops, pixels
+) -> tuple: # Up to three lengths, pixels: the shortest, a quarter and half of the way to the longest
+    "Short sides that training has seen"
+    return tuple(dict.fromkeys(max(size, round(low + q*(high - low))) for q in (0, .25, .5)))
 
 
 def candidates(
-    dls, # Of `resnet_dls`
+    low:int, # Shortest short side that training draws, pixels
+    high:int, # Longest
+    size:int, # Side of the crops, pixels
 ) -> list: # Of protocols
     "The paper's protocols, and the same at the scales of the training"
-    scales = training_scales(dls)
+    scales = training_scales(low, high, size)
     least, every = scales[0], ','.join(map(str, scales))
-    # at dls.size a crop shows most of the photo
-    some = [f'{crops}@{side}' for crops in ('1crop', '10crop') for side in (dls.size, least)]
-    # one name for what is the same
-    named = {protocol_scales(p, dls.size): p for p in [f'dense@{every}', f'10crop@{every}', *some, *tried]}
+    some = [f'{crops}@{side}' for crops in ('1crop', '10crop') for side in (size, least)]         # at `size` a crop shows most of the photo
+    named = {protocol_scales(p, size): p for p in [f'dense@{every}', f'10crop@{every}', *some, *tried]}      # one name for what is the same
     return list(named.values())[::-1]
+
+
+def _to_try(model):
+    "The candidates for a `ResNet`; a loaded one keeps the short sides of its training"
+    if learn := getattr(model, 'learn', None): return candidates(*sides_of_training(learn.dls), learn.dls.size)
+    sides = model.trained.training.get('short_sides')
+    return candidates(*sides, model.size) if sides else list(tried)
 
 
 def _number_of_crops(protocol, size):
@@ -81,8 +96,7 @@ def choose_protocol(
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
 ) -> pd.DataFrame: # What `measure` gives; the first row is the choice
     "Choose the protocol with the smallest error on the validation photos; of equal ones, that with the smaller log loss"
-    learn = getattr(model, 'learn', None)
-    if protocols is None: protocols = candidates(learn.dls) if learn is not None else list(tried)
+    if protocols is None: protocols = _to_try(model)
     if not protocols: raise DataError("there is no protocol to choose from; name some, or leave protocols out")
     found = measure(model, protocols, 'val', data_path, label_path, precision)
     model.protocol = str(found.protocol[0])
@@ -100,7 +114,7 @@ def hint(
     a_photo = rows[-1]['seconds']/(3*len(learn.dls.photos['train']) + len(photos))     # a training step costs three forward passes
     if a_photo*52*least > seconds: return ''
     few = photos[np.linspace(0, len(photos) - 1, min(len(photos), int(seconds/52/a_photo))).astype(int)]
-    other = f'1crop@{training_scales(learn.dls)[0]}'
+    other = f'1crop@{training_scales(*sides_of_training(learn.dls), learn.dls.size)[0]}'
     parts, labels = model_parts(learn), learn.dls.labels
     targ = np.array([labels.encoding[labels(p)] for p in few])
     wrong = np.stack(list(_answers(parts, few, ['50crop', other])), 1).argmax(2) != targ

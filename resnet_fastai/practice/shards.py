@@ -148,7 +148,8 @@ def _finish(dest, root, photos, records, note):
         begin += r['bytes']//block
     (dest/'SHA256SUMS').write_text(''.join(f"{r['sha256']}  {r['name']}\n" for r in records))
     write_index(dest, [[r['name'], r['bytes'], r['sha256']] for r in records], photos.names.tolist(), columns, note)
-    shutil.rmtree(dest/_begun)
+    for p in (dest/_begun).iterdir():
+        if p.name != '.lock': p.unlink()                              # that one is still in use
 
 
 # ── The whole ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -205,6 +206,7 @@ def pack_photos(
             records = _write_shards(photos, labels, _order(photos), dest, shard_mb << 20, load, num_workers)
             _finish(dest, root, photos, records, note)
         finally: unlock_folder(dest/_begun)
+        with suppress(OSError): (dest/_begun).rmdir()
     shards = open_shards(dest).header['shards']
     print(f"{len(photos):,} photos in {len(shards):,} shards of {dest}, {sum(size for _,size,_ in shards)/1e6:,.0f} MB")
     return dest

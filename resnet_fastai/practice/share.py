@@ -34,7 +34,7 @@ from ..engine.weight_sources import model_folder, read_weights
 from ..engine.weights import config_sum, imagenet_mean, json_bytes, misfit, saved_tensors, scaled
 from ..inference import paper_scales
 from .hub_card import front_matter
-from .protocol import protocol_scales
+from .protocol import protocol_scales, sides_of_training
 from ..model import build_net
 
 
@@ -62,7 +62,8 @@ def _summary(learn, precision):
     df = learn.history.df
     past = dict(seconds=round(float(df.seconds.sum()), 1), lr=float(df.lr.iloc[0])) if len(df) else {}
     return dict(photos={s: len(p) for s,p in learn.dls.photos.items()}, epochs=len(df), **past, bs=int(learn.accumulate.bs),
-                micro_bs=int(learn.dls.train.bs), decay=learn.decay, precision=str(precision), **_beginning(learn))
+                micro_bs=int(learn.dls.train.bs), decay=learn.decay, precision=str(precision),
+                short_sides=[int(side) for side in sides_of_training(learn.dls)], **_beginning(learn))
 
 
 def _beginning(learn):
@@ -345,6 +346,7 @@ def _possible_trust(trust):
 def _training_entry(k, v):
     if k == 'photos': return type(v) is dict and all(_is_whole(n) for n in v.values())
     if k in ('origin', 'decay', 'precision'): return isinstance(v, str)
+    if k == 'short_sides': return type(v) is list and len(v) == 2 and all(_is_whole(n, 1, 100_000) for n in v)
     if k == 'weights': return type(v) is dict and all(isinstance(t, str) for t in v.values())
     return k in ('epochs', 'seconds', 'bs', 'micro_bs', 'lr', 'restored_epoch') and _is_number(v)
 
