@@ -391,6 +391,7 @@ def trained(tmp_path_factory):
     return net.eval(), x, torch.arange(24) % 10
 
 
+@pytest.mark.paper('4.2-responses')
 def test_responses_are_the_spread_of_what_each_bn_puts_out(figures, trained):
     net, x, _ = trained
     h, expected = cifar.published_input(x), {}

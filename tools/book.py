@@ -1,4 +1,4 @@
-"""How the book is written: a table of measures of the notebooks, the limits that lessons and guides keep, and the package's imports.
+"""How the book is written: a table of measures of the notebooks, the limits of lessons, guides and experiments, and the package's imports.
 
     python tools/book.py              # a row a notebook, then what breaks a limit
     python tools/book.py imports      # who imports whom, floor by floor, and what runs upwards or in a circle
@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-lessons, guides = '0[1-6]_*.ipynb', 'practice/*.ipynb'
+lessons, guides, experiments = '0[1-6]_*.ipynb', 'practice/*.ipynb', 'experiments/*.ipynb'
 
 # What a lesson keeps: measure → (lowest, highest). `screen` is where its first picture begins, in pixels at a width of 1280.
 limits = dict(cells=(1, 45), exported=(0, 250), width=(0, 100), function=(0, 40), exercises=(5, 8), words_for_10=(30, None),
               cells_a_figure=(0, 15), screen=(0, 900))
-# What a guide keeps; `shown` is where its first picture or table begins
+# What guides and experiments keep; `shown` is where the first picture or table begins
 guide_limits = dict(cells=(1, 45), exported=(0, 250), width=(0, 100), function=(0, 40), shown=(0, 900))
 # From the bottom up: a module imports from its own floor and from those below. The commands of the shell call everything.
 floors = ('engine',), ('model',), ('augment',), ('data',), ('training',), ('inference',), ('practice',), ('core',), ('practice.cli',), ('__main__',)
@@ -122,10 +122,10 @@ def measures(
 
 
 def broken_limits(
-    path:Path, # Of a lesson or guide
+    path:Path, # Of a lesson, a guide or an experiment
     limits:dict=limits, # Measure → (lowest, highest)
 ) -> list: # A sentence for each
-    "Which limits a lesson or a guide breaks"
+    "Which limits a notebook breaks"
     m = measures(path)
     words = dict(cells='cells', exported='exported lines', width='characters in its widest line', exercises='exercises',
                  function=f"lines in its longest exported function, {m['longest']}", words_for_10='words for 10 lines of code',
@@ -227,7 +227,7 @@ def main(argv=None):
     if argv: sys.exit(__doc__)
     print(table(notebooks()) + '\n')
     found = [f for p in sorted((root/'nbs').glob(lessons)) for f in broken_limits(p)]
-    found += [f for p in sorted((root/'nbs').glob(guides)) for f in broken_limits(p, guide_limits)]
+    found += [f for kind in (guides, experiments) for p in sorted((root/'nbs').glob(kind)) for f in broken_limits(p, guide_limits)]
     print(*found, sep='\n')
 
 

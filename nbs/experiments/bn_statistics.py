@@ -1,4 +1,4 @@
-"""What batch norm's statistics are worth: errors of published CIFAR-10 networks with their moving averages, and with plain averages.
+"""Errors of published CIFAR-10 networks with batch norm's moving averages, and with plain averages.
 
     python nbs/experiments/bn_statistics.py CIFAR10 --weights FOLDER
 
@@ -16,7 +16,7 @@ from resnet_fastai.engine.files import write_json
 results = Path(__file__).parent/'results'
 
 
-def wrong(net, x, y): return int((predict(net, x).argmax(1) != y).sum())
+def count_errors(net, x, y): return int((predict(net, x).argmax(1) != y).sum())
 
 
 def main(argv=None):
@@ -24,21 +24,22 @@ def main(argv=None):
     p.add_argument('folder', type=Path, help='CIFAR-10, as for cifar10.py')
     p.add_argument('--weights', type=Path, required=True, help='a folder with resnet20.th and resnet56.th')
     p.add_argument('--photos', type=int, default=10_000, help='training photos to average over')
-    p.add_argument('--seeds', type=int, default=3, help='so many draws of them')
+    p.add_argument('--seeds', type=int, default=3, help='draws of training photos')
     p.add_argument('--out', type=Path, default=results/'bn_statistics.json')
     args = p.parse_args(argv)
     data = cifar10(args.folder)
     (x, _), (tx, ty) = data['train'], data['test']
-    told = dict(command=f'python nbs/experiments/bn_statistics.py CIFAR10 --weights {args.weights.name} --photos {args.photos} --seeds {args.seeds}',
-                commit=commit(__file__), machine=machine(), data=checksum(tx, ty), test_photos=len(ty), nets={})
+    options = f'--weights {args.weights.name} --photos {args.photos} --seeds {args.seeds}'
+    told = dict(command=f'python nbs/experiments/bn_statistics.py CIFAR10 {options}', commit=commit(__file__), machine=machine(),
+                data=checksum(tx, ty), test_photos=len(ty), nets={})
     for depth in (20, 56):
         net, plain = published_net(args.weights/f'resnet{depth}.th'), []
-        moving = wrong(net, tx, ty)
+        moving = count_errors(net, tx, ty)
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             batches = x[torch.randperm(len(x))[:args.photos]].split(128)
-            average_statistics(net, (published_input(pad_crop_flip(b)) for b in batches))      # black borders, as they had them
-            plain.append(wrong(net, tx, ty))
+            average_statistics(net, (published_input(pad_crop_flip(b)) for b in batches))      # black padding, as in their training
+            plain.append(count_errors(net, tx, ty))
         told['nets'][f'ResNet-{depth}'] = dict(moving=moving, plain=plain)
         print(f'ResNet-{depth}: {moving} of {len(ty):,} wrong with moving averages, {plain} with plain ones', flush=True)
         write_json(args.out, told)

@@ -1,10 +1,10 @@
-"""Train a network of the paper's CIFAR-10 family by the paper's recipe (§4.2), and keep every epoch in a JSON file.
+"""Train a network of the paper's CIFAR-10 family by the paper's recipe (§4.2), and store every epoch in a JSON file.
 
     python nbs/experiments/cifar10.py CIFAR10 --depth 20                       # the paper's 64,000 updates
-    python nbs/experiments/cifar10.py CIFAR10 --depth 20 --updates 2000        # the same recipe, 32 times shorter
+    python nbs/experiments/cifar10.py CIFAR10 --depth 20 --updates 2000        # the same recipe, shortened 32 times
 
 CIFAR10 is torchvision's folder (the one that holds cifar-10-batches-py), fastai's (`untar_data(URLs.CIFAR)`), an .npz, or grids;
-`layouts` below says them all. The same command again goes on with a run that was stopped."""
+`layouts` below lists them. The same command resumes a run that was stopped."""
 import argparse
 import hashlib
 import json
@@ -50,9 +50,9 @@ grids of 100×100 photos: train_1.webp … train_5.webp, test.webp, labels.json"
 
 def cifar10(
     path:str|Path, # A folder or a file in one of `layouts`
-    cache:str|Path|None=None, # Where the photos of class folders are kept once decoded; None: fastai's data folder
+    cache:str|Path|None=None, # Folder for the decoded photos of class folders; None: fastai's data folder
 ) -> dict: # train and test: (photos (N,3,32,32) of 8 bits, classes (N,)); classes: their names; about: kind, sha256, lossy, is_cifar10
-    "All of CIFAR-10 in memory, whatever it is stored as, and compared with what is known of it"
+    "Read all of CIFAR-10 into memory from any of `layouts`, and compare it with the published data"
     path = Path(path)
     kind, read = _layout(path)
     data = read(path) if kind != 'class folders' else _cached(path, cache)
@@ -65,7 +65,7 @@ def cifar10(
 
 
 def _layout(path):
-    "What a path holds, and the function that reads it"
+    "The kind of storage, and the function that reads it"
     if path.suffix == '.npz' and path.is_file(): return 'npz', _read_npz
     for folder in (path, path/'cifar-10-batches-py'):
         if (folder/'data_batch_1').is_file(): return 'pickled batches', lambda _: _read_batches(folder)
@@ -82,7 +82,7 @@ def _check(path, split, x, y, classes):
 
 
 def _rgb_first(x):
-    "(N,32,32,3) of 8 bits as a tensor (N,3,32,32), each colour by itself in memory too: crops are cut twice as quickly"
+    "(N,32,32,3) of 8 bits as a contiguous tensor (N,3,32,32): cropping is twice as fast"
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
@@ -105,7 +105,7 @@ def _read_grids(folder):
 
 
 class _Array:
-    "Stands for a numpy array in a pickle: keeps its bytes, runs nothing"
+    "Takes the place of a numpy array in a pickle: keeps its bytes, runs nothing"
     def __init__(self, *args): self.state = None
     def __setstate__(self, state): self.state = state
     def pixels(self):
@@ -125,7 +125,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(file, *keys):
-    "The values of these keys, arrays as numpy's"
+    "The values of these keys; arrays become numpy arrays"
     try:
         with open(file, 'rb') as f: found = _Unpickler(f, encoding='bytes').load()
         found = {k.decode() if isinstance(k, bytes) else k: v.pixels() if isinstance(v, _Array) else v for k, v in found.items()}
@@ -162,7 +162,7 @@ def _pixels(path):
 
 
 def _cached(folder, cache):
-    "60,000 files are decoded once, and read from one from then on"
+    "Decode 60,000 files once; later calls read them from one file"
     files = [p for s in n_photos for p in list_photos(folder/s)]
     what = '\n'.join(f'{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}' for p in files)
     file = Path(cache or fastai_path('data'))/f'cifar10-{hashlib.sha256(what.encode()).hexdigest()[:12]}.npz'
@@ -174,15 +174,15 @@ def _cached(folder, cache):
 
 
 def checksum(x, y):
-    "SHA-256 of photos and labels, the same in whatever order and file they are stored"
+    "SHA-256 of photos and labels, independent of their order and file format"
     x = x.permute(0, 2, 3, 1).contiguous().numpy()
     each = sorted(hashlib.sha256(bytes([label]) + photo.tobytes()).digest() for photo, label in zip(x, y.tolist()))
     return hashlib.sha256(b''.join(each)).hexdigest()
 
 
 def block_edges(x):
-    "How much larger steps are where JPEG's blocks of 8×8 meet than one pixel beside; 1 where there are no blocks"
-    def steps(x):                                                    # each less its neighbours' mean, so that a slope counts for nothing
+    "How much larger steps between pixels are at the edges of JPEG's 8×8 blocks than one pixel beside; 1: no blocks"
+    def steps(x):                                                    # minus the mean of its neighbours, so that slopes do not count
         d = x.float().diff(dim=3)
         return (d[..., 1:-1] - (d[..., :-2] + d[..., 2:])/2).abs().mean((0, 1, 2))       # [i]: from column i+1 to i+2
     by_place = steps(x) + steps(x.transpose(2, 3))
@@ -191,13 +191,13 @@ def block_edges(x):
 
 
 def _lossy(path, kind, data):
-    "Have the photos been JPEGs?"
+    "Whether the photos were stored as JPEG files"
     names = (p.suffix.lower() for s in n_photos for p in list_photos(path/s)) if kind == 'class folders' else ()
     return any(n in ('.jpg', '.jpeg') for n in names) or block_edges(data['test'][0]) > 1.02
 
 
 def _strange(data):
-    "In what a data set differs from CIFAR-10, in words"
+    "How a data set differs from CIFAR-10, in words"
     counts = {s: len(data[s][0]) for s in n_photos}
     if counts != n_photos: return [f"it has {counts['train']:,} + {counts['test']:,} photos, not 50,000 + 10,000"]
     if len(data['classes']) != 10 or any((data[s][1].bincount() != n_photos[s]//10).any() for s in n_photos):
@@ -222,7 +222,7 @@ def draw_cifar(
     train:int=640, # Training photos
     test:int=160, # Test photos
 ) -> Path: # The folder
-    "A small stand-in: photos of eight drawn textures, in CIFAR-10's size, as class folders of PNG files"
+    "Draw a small substitute: photos of eight textures in CIFAR-10's size, as class folders of PNG files"
     with tempfile.TemporaryDirectory() as tmp:
         demo = demo_data(Path(tmp)/'demo', dict(train=train, test=test))
         labels = LabelMap(demo.label_path, demo.label_encoding)
@@ -248,21 +248,21 @@ def pad_crop_flip(
 
 
 class Photos:
-    "Photos in memory, and what becomes of a batch of them"
+    "Photos in memory; an item is a batch, normalised and augmented"
     def __init__(self, x, y, mean, augment=False): self.x, self.y, self.mean, self.augment = x, y, mean, augment
     def __len__(self): return len(self.x)
-    def __getitem__(self, idxs): # Numbers of photos
+    def __getitem__(self, idxs): # Indices of photos
         x = self.x[idxs].float()/255 - self.mean
         return pad_crop_flip(x) if self.augment else x, self.y[idxs]
 
 
 class PhotosDL(DataLoader):
-    "A loader of `Photos`: a batch is one look into a tensor"
+    "A loader of `Photos`: a batch is one indexing operation"
     most = math.inf                                                  # batches in the next epoch, if fewer than it has
-    raw = False                                                      # do its batches have to go through `make_batch` yet? A CUDA graph does that
+    raw = False                                                      # yield indices only; a CUDA graph calls `make_batch` itself
 
     def create_batches(self, samps):
-        "All numbers of an epoch go to the device at once: for each copy on its own a GPU would be waited for"
+        "Copy all indices of an epoch to the device at once; a copy for each batch would wait for the GPU"
         for idxs in torch.tensor(list(samps), dtype=torch.long, device=self.dataset.x.device).split(self.bs):
             if len(idxs) == self.bs or len(idxs) and not self.drop_last: yield idxs if self.raw else self.make_batch(idxs)
     def make_batch(self, idxs): return self.dataset[idxs]
@@ -277,7 +277,7 @@ class PhotosDL(DataLoader):
 def cifar_dls(
     data:dict, # From `cifar10`
     bs:int=paper_bs, # Photos in a batch
-    hold_out:int=0, # Training photos to evaluate on; 0: train on all of them, evaluate on the test photos. The paper's choice was 5,000
+    hold_out:int=0, # Training photos to evaluate on (5,000 in the paper); 0: train on all, evaluate on the test photos
     device=None, # None: the GPU where there is one
 ) -> DataLoaders:
     "Training and evaluation batches, the training photos' mean at each pixel subtracted"       # §4.2
@@ -299,13 +299,13 @@ def cifar_dls(
 # --- The recipe
 
 class LastUpdate(Callback):
-    "So many updates in all: the last epoch is as short as need be, and evaluated like the others"
+    "End the training after n updates: the last epoch is shortened, and evaluated like the others"
     def __init__(self, n): self.n = n
     def before_train(self): self.dls.train.most = self.n - len(self.history.rows)*self.dls.train.whole
 
 
 class Results(Callback):
-    "Keep the run in a JSON file, whole after every epoch"
+    "Store the run in a JSON file, complete after every epoch"
     order, state_attrs, on_graph = 90, ('spent',), 'replay'          # before the checkpoint
     def __init__(self, file, about, quiet=True): self.file, self.about, self.quiet, self.spent = Path(file), about, quiet, 0
 
@@ -331,7 +331,7 @@ class Results(Callback):
 
 
 def drops(updates):
-    "After how many updates the rate falls: at 1/2 and 3/4 of the run, the paper's 32k and 48k of 64k"      # §4.2
+    "The updates after which the rate falls: 1/2 and 3/4 of the run, as the paper's 32k and 48k of 64k"      # §4.2
     return updates//2, updates*3//4
 
 
@@ -355,7 +355,7 @@ def cifar_learner(
 def epochs(dls, updates): return math.ceil(updates/dls.train.whole)
 
 
-# --- Weights that others have trained
+# --- Weights that others trained
 
 weights_of = 'https://github.com/akamaster/pytorch_resnet_cifar10'    # ResNet-20, 32, 44 and 56 by the paper's recipe, one .th file each
 published_errors = {20: .0827, 32: .0737, 44: .0690, 56: .0661}      # of 10,000 test photos, as given there
@@ -364,14 +364,14 @@ published_errors = {20: .0827, 32: .0737, 44: .0690, 56: .0661}      # of 10,000
 def published_net(
     file:str|Path, # A file of `weights_of`: resnet20.th, resnet32.th, …
 ): # `build_net('cifar_resnet20')`, …, with these weights; it expects `published_input`
-    "A network of ours that computes what theirs does: they pad new channels with zeros on both sides, we at the end"
+    "Our network with their weights: they pad new channels with zeros on both sides, we at the end"
     told = torch.load(file, map_location='cpu', weights_only=True)['state_dict']
     theirs = {k.removeprefix('module.').replace('linear.', 'fc.'): v for k, v in told.items()}
     n = sum(k.startswith('layer1.') and k.endswith('conv1.weight') for k in theirs)
     net, order = build_net(f'cifar_resnet{6*n + 2}', 10), torch.arange(16)
     for name, block in net.named_modules():
         if not isinstance(block, Block): continue
-        new = block.conv2.out_channels - len(order)                  # which of their channels is the first of ours, the second, …
+        new = block.conv2.out_channels - len(order)                  # `order`: which of their channels is our first, second, …
         after = torch.cat([order + new//2, torch.arange(new//2), torch.arange(len(order) + new//2, len(order) + new)])
         theirs[f'{name}.conv1.weight'] = theirs[f'{name}.conv1.weight'][:, order]
         for k in theirs: theirs[k] = theirs[k][after] if k.startswith((f'{name}.conv2', f'{name}.bn2')) and theirs[k].ndim else theirs[k]
@@ -381,7 +381,7 @@ def published_net(
 
 
 def published_input(x): # (B,3,32,32) of 8 bits
-    "What the networks of `weights_of` were trained on"
+    "Normalise photos as the networks of `weights_of` expect them"
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in ((.485, .456, .406), (.229, .224, .225)))
     return (x.float()/255 - mean)/std
 
@@ -403,7 +403,7 @@ def commit(script=__file__):
 
 
 def machine():
-    "What the run runs on"
+    "Processor, cores, threads, PyTorch and GPU"
     info = Path('/proc/cpuinfo')
     names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
     return dict(cpu=names[0] if names else sys.platform, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
@@ -411,7 +411,7 @@ def machine():
 
 
 def about(dls, depth, kind, updates, seed, precision, hold_out):
-    "What is known before the run begins"
+    "The facts of a run that are known at its start"
     options = dict(depth=depth, kind=kind, updates=updates, seed=seed, precision=precision, **({'hold-out': hold_out} if hold_out else {}))
     command = 'python nbs/experiments/cifar10.py CIFAR10 ' + ' '.join(f'--{k} {v}' for k, v in options.items())
     return dict(command=command, commit=commit(), machine=machine(), kind=kind, depth=depth, seed=seed, precision=precision,
@@ -420,7 +420,7 @@ def about(dls, depth, kind, updates, seed, precision, hold_out):
 
 
 def earlier_parts(
-    file:Path, # What the run has stored so far
+    file:Path, # The JSON file of the run so far
     now:dict, # Its `about`
 ) -> list: # machine, commit and updates_done, in order
     "The parts of a run that were computed on another machine or by other code"
@@ -431,22 +431,22 @@ def earlier_parts(
 
 
 def train(
-    folder:str|Path, # CIFAR-10, in one of `layouts`
+    folder:str|Path, # CIFAR-10 in one of `layouts`
     depth:int=20, # Layers, 6n+2: 20, 32, 44, 56, 110
     kind:str='resnet', # 'resnet' or 'plain'
     updates:int=paper_updates, # 64,000 in the paper; fewer are a shorter run by the same recipe
     seed:int=0, # Of the weights and of the order of the photos
     out:str|Path|None=None, # The JSON file; None: results/KIND DEPTH-UPDATES-SEED.json beside this script
-    run_folder:str|Path|None=None, # Where checkpoints are kept; None: runs/cifar10/… of the project
+    run_folder:str|Path|None=None, # Folder for checkpoints; None: runs/cifar10/… of the project
     precision:str='fp32', # 'fp32', 'bf16' or 'fp16'
-    hold_out:int=0, # Training photos to evaluate on, in the place of the test photos
-    cache:str|Path|None=None, # Where the decoded photos are kept
+    hold_out:int=0, # Training photos to evaluate on, instead of the test photos
+    cache:str|Path|None=None, # Folder for the decoded photos
     bs:int=paper_bs, # Photos in a batch
-    every:int=500, # Updates between two checkpoints; one more follows each epoch
-    quiet:bool=True, # A line an epoch in the place of progress bars
+    every:int=500, # Updates between two checkpoints; each epoch also ends with one
+    quiet:bool=True, # A line for each epoch instead of progress bars
     compile:bool=False, # Compile the network
 ): # The learner
-    "One run, from the beginning or from where it was stopped"
+    "Run from the start, or resume from the newest checkpoint"
     data = cifar10(folder, cache)
     dls = cifar_dls(data, bs, hold_out)
     set_seed(seed)
@@ -457,24 +457,24 @@ def train(
     results = Results(out, told | dict(earlier=earlier_parts(out, told)), quiet)
     keep = Checkpoint(run_folder or root/'runs'/'cifar10'/name, every=every)
     learn = cifar_learner(dls, depth, kind, updates, precision, [results, keep], compile=compile)
-    results.about |= dict(parameters=count_params(learn.model), macs=count_macs(learn.model, 32), graph=hasattr(learn, 'cuda_graph'), compiled=compile,
-                          tf32=dls.device.type == 'cuda' and precision == 'fp32' and torch.backends.cudnn.allow_tf32)
+    results.about |= dict(parameters=count_params(learn.model), macs=count_macs(learn.model, 32), graph=hasattr(learn, 'cuda_graph'),
+                          compiled=compile, tf32=dls.device.type == 'cuda' and precision == 'fp32' and torch.backends.cudnn.allow_tf32)
     if not quiet: learn.resume(epochs(dls, updates)); return learn
     with learn.no_bar(), learn.no_logging(): learn.resume(epochs(dls, updates))
     return learn
 
 
 def _machines(run):
-    "The GPU or processor, or one after the other"
+    "The GPU or processor of a run; several in order if it moved"
     name = lambda m: m['gpu'] or m['cpu']
     return ', then '.join(dict.fromkeys(name(p['machine']) for p in [*run.get('earlier', []), run]))
 
 
 def read_results(
-    planned:int, # Updates of a whole run; those of other lengths are left out
+    planned:int, # Updates of a whole run; runs of other lengths are left out
     folder:str|Path=Path(__file__).parent/'results', # Of JSON files
 ) -> pd.DataFrame: # A row an epoch, with what is known of its run
-    "The stored runs; of a net with several seeds, those that have come farthest"
+    "The stored runs; for a net with several seeds, those with the most updates"
     runs = [json.loads(f.read_text()) for f in sorted(Path(folder).glob('*.json')) if f.name.startswith(('plain', 'resnet'))]
     known = 'kind', 'depth', 'seed', 'parameters', 'macs'
     rows = pd.DataFrame([{k: r[k] for k in known} | dict(machine=_machines(r)) | e
@@ -494,9 +494,9 @@ def main(argv=None):
     p.add_argument('--out', type=Path, help='the JSON file; default: nbs/experiments/results/NAME.json')
     p.add_argument('--run-folder', type=Path, help='checkpoints; default: runs/cifar10/NAME')
     p.add_argument('--precision', choices=['fp32', 'bf16', 'fp16'], default='fp32')
-    p.add_argument('--hold-out', type=int, default=0, help='so many training photos to evaluate on, in the place of the test photos')
-    p.add_argument('--cache', type=Path, help="where class folders are kept once decoded; default: fastai's data folder")
-    p.add_argument('--compile', action='store_true', help='compile the network: a minute first, faster updates on a GPU')
+    p.add_argument('--hold-out', type=int, default=0, help='number of training photos to evaluate on, instead of the test photos')
+    p.add_argument('--cache', type=Path, help="folder for the decoded photos of class folders; default: fastai's data folder")
+    p.add_argument('--compile', action='store_true', help='compile the network: takes a minute first, then updates are faster on a GPU')
     p.add_argument('--threads', type=int, help='of the processor; default: all')
     args = vars(p.parse_args(argv))
     if n := args.pop('threads'): torch.set_num_threads(n)

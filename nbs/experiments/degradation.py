@@ -1,8 +1,8 @@
-"""The paper's effect, live: deeper plain nets end at a larger *training* error, deeper residual nets do not.
+"""The degradation problem in a minute: deeper plain nets end at a larger *training* error, deeper residual nets do not.
 
-    python nbs/experiments/degradation.py            # three seeds; --jobs 2: two runs side by side
+    python nbs/experiments/degradation.py            # three seeds; --jobs 2: two runs at the same time
 
-Plain and residual nets of 8, 20 and 44 layers learn to tell eight drawn textures apart; six nets take about a minute on two idle
+Plain and residual nets of 8, 20 and 44 layers learn to classify eight drawn textures. Six nets take about a minute on two idle
 cores. Every run is stored in results/degradation.json with its losses and errors, the command, the commit and the machine."""
 import argparse
 import json
@@ -39,7 +39,7 @@ def drawn_photos(
     n:int, # Photos, equally many of each texture
     seed:int, # Of the drawings
 ) -> tuple: # (n,3,24,24) RGB in [0,1], (n,) numbers of textures
-    "Photos of drawn textures, their middle square, made small"
+    "Photos of drawn textures: the central square, resized"
     rng = np.random.default_rng(seed)
     x = [np.asarray(ImageOps.fit(draw_photo(textures[i % 8], rng), (side, side))) for i in range(n)]
     return torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2)/255, torch.arange(n) % 8
@@ -57,7 +57,7 @@ def drawn_dls() -> DataLoaders:
 # --- A run
 
 class MeanLoss(Callback):
-    "The mean loss of an epoch's updates as `train_loss` of the history, in the place of the recorder's moving average"
+    "Store the mean loss of an epoch's updates as `train_loss`, instead of the recorder's moving average"
     order = 52                                                       # after the history has written the epoch's row
     def before_train(self): self.losses = []
     def after_loss(self):
@@ -71,10 +71,10 @@ def train(
     depth:int, # Layers, 6n+2
     seed:int=0, # Of the weights and of the order of the photos
     lr:float=lr, # Rate after the warm-up
-    warm_up:bool=True, # Begin with a tenth of it
-    weights:dict|None=None, # A state dict to start from, in the place of random weights
+    warm_up:bool=True, # Start with a tenth of it
+    weights:dict|None=None, # A state dict to start from; None: random weights
 ) -> dict: # kind, depth, seed, lr, warm_up, and epochs: a row for each
-    "Train one net by the paper's recipe, in small: a warm-up, a constant rate, and a tenth of it in the last quarter"
+    "Train one net by a short form of the paper's recipe: a warm-up, a constant rate, and a tenth of it in the last quarter"
     set_seed(seed)
     dls.train.rng.seed(seed)
     total = epochs*len(dls.train)
@@ -88,15 +88,15 @@ def train(
 
 
 @cache
-def dls_of_process(): return drawn_dls()
+def dls_of_process(): return drawn_dls()                            # drawn once in each process
 
 
 def run_one(task):
-    "A run and a line about it"
+    "Train one net, and print its result"
     seed, (kind, depth, rate, warm_up) = task
     run = train(dls_of_process(), kind, depth, seed, rate, warm_up)
     last = run['epochs'][-1]
-    print(f"seed {seed}, {kind}-{depth}, rate {rate}{'' if warm_up else ' at once'}: training loss {last['train_loss']:.2f}, "
+    print(f"seed {seed}, {kind}-{depth}, rate {rate}{'' if warm_up else ' without a warm-up'}: training loss {last['train_loss']:.2f}, "
           f"training error {last['train_error']:.1%}, test error {last['test_error']:.1%}", flush=True)
     return run
 
@@ -112,7 +112,7 @@ def train_all(
     with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool: return [*pool.map(run_one, tasks)]
 
 
-# --- What it shows
+# --- Results
 
 def as_table(
     runs:list, # Of dicts, from `train`
@@ -131,14 +131,14 @@ def read_runs(
 def plot_errors(
     table:pd.DataFrame, # From `as_table` or `read_runs`
 ) -> plt.Figure: # Plain nets on the left, residual ones on the right
-    "Error against updates, drawn as the paper's Figures 1 and 6: training thin, test bold; the band holds the seeds' training errors"
+    "Error against updates, as in the paper's Figures 1 and 6: training thin, test bold; the band is the range of the training error"
     table = table.query('lr == @lr and warm_up')
     fig, axs = plt.subplots(1, 2, figsize=(8, 3.3), sharey=True, layout='constrained')
     for ax, kind in zip(axs, kinds):
         ends = []
         for depth, color in zip(depths, ('#009E73', '#0072B2', '#D55E00')):
-            errors = 100*table.query('kind == @kind and depth == @depth').groupby('updates')[['train_error', 'test_error']].agg(['mean', 'min', 'max'])
-            thin, bold = errors.train_error, errors.test_error
+            by_update = table.query('kind == @kind and depth == @depth').groupby('updates')
+            thin, bold = (100*by_update[key].agg(['mean', 'min', 'max']) for key in ('train_error', 'test_error'))
             ax.plot(bold['mean'], color=color, lw=3, alpha=.9, label=f'{depth} layers')
             ax.plot(thin['mean'], color=color, lw=1)
             ax.fill_between(thin.index, thin['min'], thin['max'], color=color, alpha=.15, lw=0)
@@ -147,7 +147,7 @@ def plot_errors(
         ax.set_title(f"{name}: training error {' → '.join(f'{e:.1f}' for e in ends)} %", fontsize=11)
         ax.set_xlabel('updates'); ax.grid(alpha=.3)
     axs[0].set_ylabel('error, %: training thin, test bold'); axs[0].set_ylim(0, 95); axs[1].legend()
-    fig.suptitle('More layers make plain nets worse at the photos they train on, and residual nets no worse', fontsize=12)
+    fig.suptitle('More layers make plain nets worse, even on their training photos; residual nets no worse', fontsize=12)
     return fig
 
 
@@ -155,7 +155,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', type=int, nargs='+', default=seeds)
     p.add_argument('--out', type=Path, default=stored, help='the JSON file; default: nbs/experiments/results/degradation.json')
-    p.add_argument('--jobs', type=int, default=1, help='runs side by side, each in a process with one thread; default: one, with all threads')
+    p.add_argument('--jobs', type=int, default=1, help='runs at the same time, each in a process with one thread; 1: all threads')
     args = p.parse_args(argv)
     from cifar10 import commit, machine                              # beside this script; lessons that import this one lack the path
     start, command = time.time(), 'python nbs/experiments/degradation.py'

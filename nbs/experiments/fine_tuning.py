@@ -1,12 +1,12 @@
-"""Does it help to start from weights, and how many photos does it save? Train on some photos of each class, from nothing and from weights.
+"""Does it help to start from pretrained weights, and how many photos does it save? Train on some photos of each class, with and without.
 
-    python nbs/experiments/fine_tuning.py PHOTOS resnet20.th      # {train,validation,test}/CLASS/*.jpg, and a file of cifar10.py's `weights_of`
+    python nbs/experiments/fine_tuning.py PHOTOS resnet20.th
 
     python nbs/experiments/fine_tuning.py PHOTOS resnet20.th --rates .01 .03 .1 --sizes 100 400 --seeds 2    # which rate? on validation/
 
-Every run sees the same number of epochs, on a schedule without a choice in it. Rates are compared on the validation photos, and the rest
-is tested on the test photos. Results go to results/fine_tuning.json (or fine_tuning_rates.json), after each run; the same command goes
-on with those that are missing."""
+PHOTOS is {train,validation,test}/CLASS/*.jpg, resnet20.th a file from `weights_of` of cifar10.py. Every run has the same number of epochs
+and a fixed schedule. Rates are compared on the validation photos; all other results are on the test photos. Each run is added to
+results/fine_tuning.json (or fine_tuning_rates.json) when it ends; the same command resumes with those that are missing."""
 import argparse
 import json
 import os
@@ -27,7 +27,7 @@ from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.engine.scores import wilson
 from resnet_fastai.engine.weights import Weights, hash_of_tensors, scaled
 
-crops = dict(size=32, min_side=32, max_side=44)                     # of 224: 224 to 308, so that a crop shows most of the photo
+crops = dict(size=32, min_side=32, max_side=44)                     # at 224: 224 to 308, so that a crop shows most of the photo
 how = dict(bs=16, num_workers=0, n_out=None)
 ways = {'from nothing': (dict(lr=.03, schedule='one_cycle'), lambda m, epochs: m.fit(epochs)),
         'from weights': ({}, lambda m, epochs: m.fine_tune(epochs - 1)),
@@ -35,7 +35,7 @@ ways = {'from nothing': (dict(lr=.03, schedule='one_cycle'), lambda m, epochs: m
 
 
 def published(file):
-    "Weights that others have trained on CIFAR-10, with the mean and std that they expect"
+    "Weights that others trained on CIFAR-10, with the mean and std that they expect"
     net, mean, std = published_net(file), (.485, .456, .406), (.229, .224, .225)
     state = scaled(net.state_dict(), [1/s for s in std])                # our photos are not divided by std: the first layer does it
     depth = sum(p.ndim == 4 for p in net.parameters()) + 1
@@ -43,7 +43,7 @@ def published(file):
 
 
 def some_of(photos, n, seed, dest):
-    "n training photos, as many of each class, and all of the others"
+    "n training photos, equally many of each class, and all validation and test photos"
     classes = sorted(p.name for p in (photos/'train').iterdir() if p.is_dir())
     for c in classes:
         files = {s: sorted(list_photos(photos/s/c)) for s in ('train', 'validation', 'test')}
@@ -55,7 +55,7 @@ def some_of(photos, n, seed, dest):
 
 
 def one_run(photos, weights, way, n, epochs, seed, rate, split):
-    "Train one way on n photos; test by one crop"
+    "Train in one way on n photos; test with one crop"
     args, fit = ways[way]
     start = time.process_time()
     with tempfile.TemporaryDirectory() as tmp:
@@ -69,7 +69,7 @@ def one_run(photos, weights, way, n, epochs, seed, rate, split):
 
 
 def summary(runs):
-    "Each way, rate and number of photos: mean error over the seeds, their spread, and the 95 % interval that the number of test photos leaves"
+    "For each way, rate and number of photos: mean error over seeds, its spread, and the 95 % interval for that many test photos"
     for (way, rate, n), r in pd.DataFrame(runs).groupby(['way', 'rate', 'photos'], sort=False, dropna=False):
         low, high = wilson(round(r.error.mean()*r.tested.iloc[0]), int(r.tested.iloc[0]))
         yield dict(way=way, rate=None if pd.isna(rate) else rate, photos=int(n), seeds=len(r), error=round(r.error.mean(), 4),
@@ -78,11 +78,12 @@ def summary(runs):
 
 
 def curve(photos, weights, sizes=(50, 100, 200, 400), seeds=5, epochs=30, rates=(), out=None):
-    "Every way, size and seed (and rate); written after each run"
+    "Train every way, size, seed (and rate); store the results after each run"
     out = Path(out or Path(__file__).parent/'results'/f"fine_tuning{'_rates'*bool(rates)}.json")
     options = dict(sizes=sizes, epochs=[epochs], **(dict(rates=rates) if rates else {}))
     told = ' '.join(f"--{k} {' '.join(map(str, v))}" for k, v in options.items())
-    about = dict(command=f'python nbs/experiments/fine_tuning.py {photos.name} {weights.name} {told}', weights=weights_of, crops=crops, bs=how['bs'])
+    command = f'python nbs/experiments/fine_tuning.py {photos.name} {weights.name} {told}'
+    about = dict(command=command, weights=weights_of, crops=crops, bs=how['bs'])
     known = json.loads(out.read_text()) if out.exists() else {}
     runs = known['runs'] if all(known.get(k) == v for k, v in about.items()) else []
     done, from_ = {(r['seed'], r['photos'], r['way'], r['rate']) for r in runs}, published(weights)
@@ -91,7 +92,8 @@ def curve(photos, weights, sizes=(50, 100, 200, 400), seeds=5, epochs=30, rates=
         if (seed, n, way, rate) in done: continue
         runs.append(one_run(photos, from_, way, n, epochs, seed, rate, 'val' if rates else 'test'))
         print(runs[-1], flush=True)
-        write_json(out, about | dict(commit=commit(__file__), machine=machine(), load=os.getloadavg()[1], runs=runs, summary=list(summary(runs))))
+        now = dict(commit=commit(__file__), machine=machine(), load=os.getloadavg()[1])
+        write_json(out, about | now | dict(runs=runs, summary=list(summary(runs))))
     return runs
 
 
@@ -102,7 +104,7 @@ def main(argv=None):
     p.add_argument('--sizes', type=int, nargs='+', default=[50, 100, 200, 400])
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--epochs', type=int, default=30)
-    p.add_argument('--rates', type=float, nargs='+', default=(), help='compare these rates, on the validation photos')
+    p.add_argument('--rates', type=float, nargs='+', default=(), help='compare these learning rates on the validation photos')
     p.add_argument('--out', type=Path, help='default: nbs/experiments/results/fine_tuning.json, or fine_tuning_rates.json')
     try: runs = curve(**vars(p.parse_args(argv)))
     except DataError as e: sys.exit(f'{type(e).__name__}: {e}')

@@ -1,7 +1,7 @@
-"""Figures with controls, for a notebook's output: curves that can be switched on and off, a photo under a light, votes of crops.
+"""Figures with controls for notebooks: curves to switch on and off, a photo with PCA lighting, predictions of crops.
 
-Each is shown twice: as a picture, which is what GitHub has, and as HTML that needs no server and fetches nothing and takes the
-picture's place wherever JavaScript runs."""
+Each is shown as a picture, for GitHub, and as HTML with JavaScript, which replaces the picture where scripts run. The HTML needs no
+server and loads nothing."""
 import hashlib
 import json
 from base64 import b64encode
@@ -14,18 +14,19 @@ from IPython.display import HTML, display
 from IPython.display import Image as Still
 from PIL import Image
 
-colors = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'     # Okabe and Ito's, for every eye
+colors = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'     # Okabe and Ito's, for colour-blind readers too
 
 
 def page_part(
     kind:str, # 'curves', 'light' or 'votes': a function of interactive.js
     data:dict, # What it draws
 ) -> str: # HTML
-    "The controls and their data, as a piece of a page"
+    "The controls and their data, as a part of a page"
     written = json.dumps(data, ensure_ascii=False).replace('</', '<\\/')
     script = Path(__file__).with_suffix('.js').read_text(encoding='utf-8')
     name = 'i' + hashlib.sha256((kind + written).encode()).hexdigest()[:10]
-    return f'<div class="interactive" id="{name}"></div>\n<script>\n(() => {{\n{script}\ninteractive("{name}", "{kind}", {written});\n}})();\n</script>'
+    call = f'interactive("{name}", "{kind}", {written});'
+    return f'<div class="interactive" id="{name}"></div>\n<script>\n(() => {{\n{script}\n{call}\n}})();\n</script>'
 
 
 def show(
@@ -44,7 +45,7 @@ def photo_address(
     photo, # An image of PIL's, or (H,W,3) uint8
     side:int=240, # Its longer side at most, pixels
 ) -> str: # A data: URL of a JPEG
-    "A photo as text, to lie within a page"
+    "A photo as text, to be part of a page"
     img = photo if isinstance(photo, Image.Image) else Image.fromarray(np.asarray(photo))
     img = img.convert('RGB')
     img.thumbnail((side, side))
@@ -74,9 +75,11 @@ def curve_lines(
             rows = [[e for e in r['epochs'] if e.get(key) is not None] for r in same]
             n = min(map(len, rows))
             values = np.mean([[scale*e[key] for e in some[:n]] for some in rows], 0)
-            if n: parts.append(dict(name=says, x=[e[x] for e in rows[0][:n]], y=values.round(3).tolist(), width=1.2 if i < len(y)-1 else 2.6))
+            width = 1.2 if i < len(y)-1 else 2.6
+            if n: parts.append(dict(name=says, x=[e[x] for e in rows[0][:n]], y=values.round(3).tolist(), width=width))
         color = colors[depths.index(same[0]['depth']) % len(colors)]
-        lines.append(dict(name=name + (f' ({len(same)} seeds)' if len(same) > 1 else ''), color=color, dash=same[0]['kind'] == 'plain', parts=parts))
+        seeds = f' ({len(same)} seeds)' if len(same) > 1 else ''
+        lines.append(dict(name=name + seeds, color=color, dash=same[0]['kind'] == 'plain', parts=parts))
     return lines
 
 
@@ -93,14 +96,16 @@ def curves(
     lines = curve_lines(runs, x, y, scale)
     fig, ax = plt.subplots(figsize=(7.2, 3.8), layout='constrained')
     for d in lines:
-        for p in d['parts']: ax.plot(p['x'], p['y'], color=d['color'], ls='--' if d['dash'] else '-', lw=p['width'], label=d['name'] if p is d['parts'][-1] else None)
+        for p in d['parts']:
+            label = d['name'] if p is d['parts'][-1] else None
+            ax.plot(p['x'], p['y'], color=d['color'], ls='--' if d['dash'] else '-', lw=p['width'], label=label)
     ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
     ax.set_title(title, fontsize=11)
     ax.legend(fontsize=8)
     show(fig, 'curves', dict(lines=lines, x=x_label, y=y_label, label=title))
 
 
-# --- A photo under a light
+# --- A photo with PCA lighting
 
 def light(
     photo, # An image of PIL's, or (H,W,3) uint8
@@ -118,12 +123,12 @@ def light(
         for ax, share in zip(row, (-1, -.5, 0, .5, 1)):
             ax.imshow((pixels + share*reach[k]*axes[:, k]).clip(0, 1))
             ax.set(xticks=[], yticks=[])
-            ax.set_xlabel(f'α{"₁₂₃"[k]} = {share*reach[k]:+g}' if share else 'as it was', fontsize=8)
+            ax.set_xlabel(f'α{"₁₂₃"[k]} = {share*reach[k]:+g}' if share else 'unchanged', fontsize=8)
     fig.suptitle(title, fontsize=10)
     show(fig, 'light', dict(photo=photo_address(photo), axes=axes.round(6).tolist(), reach=list(reach), std=std, label=title))
 
 
-# --- The votes of crops
+# --- Predictions of crops
 
 def crop_votes(
     size:tuple, # (width, height) of the photo
@@ -131,11 +136,12 @@ def crop_votes(
     probs:np.ndarray, # (n crops, n labels), a row sums to 1 or less
     crop:int, # Side of the crops, pixels
 ) -> list: # Of dicts: box (left, upper, side; pixels of the photo), side, mirrored, probs
-    "Each crop's place in the photo as it is, and what it says"
+    "Position of each crop in the original photo, and its probabilities"
     found = []
     for (side, left, upper, mirrored, *_), p in zip(places, probs):
         f = min(size)/side
-        found.append(dict(box=[round(v*f, 1) for v in (left, upper, crop)], side=side, mirrored=bool(mirrored), probs=[round(float(q), 4) for q in p]))
+        box, rounded = [round(v*f, 1) for v in (left, upper, crop)], [round(float(q), 4) for q in p]
+        found.append(dict(box=box, side=side, mirrored=bool(mirrored), probs=rounded))
     return found
 
 
@@ -147,7 +153,7 @@ def votes(
     crop:int, # As for `crop_votes`
     title:str, # Of the picture: the finding
 ):
-    "Show the crops of a photo one after the other, and what their average says"
+    "Show the crops of a photo one by one, and the average of their probabilities"
     crops, mean = crop_votes(photo.size, places, probs, crop), np.cumsum(probs, 0)/np.arange(1, len(probs) + 1)[:, None]
     last = int(mean[-1].argmax())
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.1), layout='constrained', width_ratios=(1, 1.35))

@@ -1,10 +1,10 @@
-"""How often does `check_data` call two photos nearly the same that are not, and which copies does it find?
+"""How often does `check_data` report two different photos as nearly the same, and which edited copies does it find?
 
     python nbs/experiments/near_duplicates.py
 
 Compares CIFAR-10's 10,000 test photos with its 50,000 training photos, 699 photographs with each other, and every fourth of
 those with edited copies of itself. Needs the real photos beside the checkout; writes nbs/experiments/results/near_duplicates.json
-and near_duplicates.jpg, a sheet of the pairs of CIFAR-10 that are the least alike of those found."""
+and near_duplicates.jpg, the pairs found in CIFAR-10 that are least alike."""
 import json
 import tarfile
 from io import BytesIO
@@ -26,7 +26,7 @@ def small(images): return np.stack([near.small_grey(im) for im in images])
 
 
 def photographs(*names):
-    "PIL images of archives"
+    "The photos of archives as PIL images"
     for name in names:
         with tarfile.open(data/name) as t:
             for m in sorted(t.getmembers(), key=lambda m: m.name):
@@ -42,19 +42,22 @@ def jpeg(im):
 
 
 edits = {
-    'JPEG, quality 30': jpeg, 'a fifth of the size': lambda im: im.resize((im.width//5, im.height//5)), 'squeezed to a square': lambda im: im.resize((256, 256)),
+    'JPEG, quality 30': jpeg, 'a fifth of the size': lambda im: im.resize((im.width//5, im.height//5)),
+    'squeezed to a square': lambda im: im.resize((256, 256)),
     'grey': lambda im: im.convert('L').convert('RGB'), 'brighter by 30 %': lambda im: ImageEnhance.Brightness(im).enhance(1.3),
-    'contrast less by 30 %': lambda im: ImageEnhance.Contrast(im).enhance(.7), 'mirrored': lambda im: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    'contrast less by 30 %': lambda im: ImageEnhance.Contrast(im).enhance(.7),
+    'mirrored': lambda im: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     '2 % cut off each side': cropped(.02), '5 % cut off each side': cropped(.05), 'turned by 2°': lambda im: im.rotate(2)}
 
 
 def cifar():
-    "Pairs between CIFAR-10's splits, and a sheet of them"
+    "Pairs between CIFAR-10's splits, and a figure of them"
     d = run_path(str(data/'cifar10'/'read.py'))['load']()
     found = list(near.near_pairs(small(map(Image.fromarray, d['x'])), small(map(Image.fromarray, d['tx']))))
     sheet(sorted(found, key=lambda o: o[2])[:24], d)
     other = [(i, j) for i, j, _ in found if d['y'][i] != d['ty'][j]]
-    return dict(compared=len(d['x'])*len(d['tx']), pairs=len(found), test_photos=len({j for _, j, _ in found}), of_different_classes=len(other))
+    test_photos = len({j for _, j, _ in found})
+    return dict(compared=len(d['x'])*len(d['tx']), pairs=len(found), test_photos=test_photos, of_different_classes=len(other))
 
 
 def sheet(pairs, d):
@@ -69,7 +72,7 @@ def sheet(pairs, d):
 
 
 def photos():
-    "Pairs among different photographs, and the share of edited copies that is found"
+    "Pairs reported among different photographs, and the share of edited copies found"
     own = list(photographs('clothing.tar', 'photos.tar'))
     every, some = small(own), own[::4]
     found = [(i, j) for i, j, _ in near.near_pairs(every, every) if i < j]

@@ -1,8 +1,8 @@
-"""Each rule of the paper, the line of code that keeps it, and the tests that prove it: what `from_the_paper.ipynb` shows.
+"""Each rule of the paper, the line of code that implements it, and the tests that check it, as `from_the_paper.ipynb` shows them.
 
-    python nbs/experiments/paper.py          # look through the files, and store the page anew
+    python nbs/experiments/paper.py          # check the files, and make the page again
 
-The rules are in `paper.json`. A test names the rules that it proves: `@pytest.mark.paper('3.4-crop')` above a function in
+The rules are in `paper.json`. A test names the rules that it checks: `@pytest.mark.paper('3.4-crop')` above a function in
 `tests/`, or the line `# paper: 3.4-crop` in a notebook's cell."""
 import ast
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[2]
 stale = 'python nbs/experiments/paper.py'
 
-Rule = namedtuple('Rule', 'id section says code but')                # code: ['FILE: part of its line', …]; but: where this project differs
+Rule = namedtuple('Rule', 'id section says code but')                # code: ['FILE: part of its line', …]; but: how this project differs
 Place = namedtuple('Place', 'file line text')                        # line: its number; None in a notebook
 
 
@@ -29,13 +29,13 @@ class PaperError(ValueError): "A rule without its line or test, or a test of no 
 def read_rules(
     root:Path=root, # Of the checkout
 ) -> list: # Of `Rule`, in the paper's order
-    "The rules, as paper.json has them"
+    "The rules of paper.json"
     rules = json.loads((root/'nbs'/'experiments'/'paper.json').read_text(encoding='utf-8'))
     return [Rule(r['id'], r['id'].split('-')[0], r['says'], r.get('code', []), r.get('but', '')) for r in rules]
 
 
 def kept(rule):
-    "Is it built as the paper has it?"
+    "Whether a rule is implemented: as written, with a difference, or not"
     return 'not built' if not rule.code else 'differs' if rule.but else 'as written'
 
 
@@ -48,7 +48,7 @@ def find_line(
     root:Path, # Of the checkout
     code:str, # 'FILE: part of its line'
 ) -> Place: # Where it is now
-    "The one line of a file that has this part; a `PaperError` where there is none, or more than one"
+    "The one line of a file that contains this part; a `PaperError` if there is none, or more than one"
     name, part = code.split(': ', 1)
     if not (root/name).is_file(): raise PaperError(f"there is no file {name}")
     notebook = name.endswith('.ipynb')
@@ -61,7 +61,7 @@ def find_line(
 # --- Tests and their marks
 
 def _marks(function):
-    "The rules that a test function's decorators name; a mark that is no text is an error"
+    "The rules that a test function's decorators name; a mark that is not a string is an error"
     for d in function.decorator_list:
         if isinstance(d, ast.Call) and ast.unparse(d.func) == 'pytest.mark.paper':
             if not d.args or d.keywords or not all(isinstance(a, ast.Constant) and isinstance(a.value, str) for a in d.args):
@@ -112,8 +112,8 @@ def read_proofs(
 
 def problems(
     root:Path=root, # Of the checkout
-) -> list: # A sentence each; none where all is well
-    "What is wrong with the rules, their lines and their tests"
+) -> list: # A sentence for each error
+    "Errors in the rules, their lines and their tests"
     try: rules, proofs = read_rules(root), read_proofs(root)
     except PaperError as e: return [str(e)]
     ids, found = [r.id for r in rules], []
@@ -122,7 +122,8 @@ def problems(
     for r in rules:
         if not r.code and not r.but: found.append(f"{r.id} has neither code nor a word on why it is not built")
         if not r.code and r.id in proofs: found.append(f"{r.id} is said to be not built, and {proofs[r.id][0].text} proves it")
-        if r.code and r.id not in proofs: found.append(f"{r.id} has no test; mark one: @pytest.mark.paper({r.id!r}) in tests/, or # paper: {r.id} in a cell")
+        if r.code and r.id not in proofs: 
+            found.append(f"{r.id} has no test; mark one: @pytest.mark.paper({r.id!r}) in tests/, or # paper: {r.id} in a cell")
         for code in r.code:
             try: find_line(root, code)
             except PaperError as e: found.append(f"{r.id}: {e}")
@@ -142,12 +143,12 @@ def _links(root):
 
 
 def _card(rule, proofs, root, link):
-    "A rule as HTML: three columns where there is room, one below the other on a phone and wherever styles are left out"
+    "A rule as HTML: three columns on a wide screen, below each other on a phone and where styles are removed"
     lines = [find_line(root, c) for c in rule.code]
     code = [f"{link(p, Path(p.file).name + (f':{p.line}' if p.line else ''))}<br><code>{escape(p.text)}</code>" for p in lines]
     tests = [link(p, f'{Path(p.file).name}, a cell' if p.line is None else p.text) for p in proofs.get(rule.id, [])]
     but = f"<br><em>{'Differs' if rule.code else 'Not built'}: {escape(rule.but)}</em>" if rule.but else ''
-    parts = {escape(rule.id): [escape(rule.says) + but], 'this line does it': code, 'proved by': tests}
+    parts = {escape(rule.id): [escape(rule.says) + but], 'code': code, 'tests': tests}
     columns = ''.join(f"<div><small>{head}</small><br>{'<br>'.join(found)}</div>" for head, found in parts.items() if found)
     style = ('display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));gap:.3rem 1.2rem;padding:.6rem 0;'
              'text-align:left;overflow-wrap:anywhere;border-top:1px solid rgba(128,128,128,.4)')
@@ -157,14 +158,14 @@ def _card(rule, proofs, root, link):
 def pages(
     root:Path=root, # Of the checkout
 ) -> dict: # {section: HTML}
-    "A card a rule: what the paper asks, the line that does it, the tests that prove it"
+    "A card for each rule: what the paper asks, the line that implements it, the tests that check it"
     link, proofs, cards = _links(root), read_proofs(root), {}
     for r in read_rules(root): cards.setdefault(r.section, []).append(_card(r, proofs, root, link))
     return {section: '\n'.join(['<div class="paper">', *found, '</div>']) for section, found in cards.items()}
 
 
 def stored(root=root):
-    "The pages that the notebook holds"
+    "The pages that are stored in the notebook"
     nb = json.loads((root/'nbs'/'experiments'/'from_the_paper.ipynb').read_text(encoding='utf-8'))
     outs = [o for c in nb['cells'] for o in c.get('outputs', [])]
     texts = [''.join(o.get('data', {}).get('text/html', '')) for o in outs]
@@ -172,7 +173,7 @@ def stored(root=root):
 
 
 def main():
-    "Run the notebook where it lies and keep what it shows"
+    "Run the notebook in its folder and store its outputs"
     import nbformat
     from nbclient import NotebookClient
     if found := problems(): sys.exit('\n'.join(found))

@@ -1,4 +1,4 @@
-"""Photos to show in the lessons: real ones where a checkout has them beside it, drawn ones otherwise."""
+"""Photos for the figures of the lessons: real ones if they lie beside the checkout, drawn ones otherwise."""
 import tarfile
 from pathlib import Path
 

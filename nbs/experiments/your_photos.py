@@ -1,5 +1,5 @@
-"""Train on class folders as the tutorial does, test in every way, and keep what came out in a JSON file: every epoch, the confusion
-matrix, the worst photos, and the error of each number of crops and scales.
+"""Train on class folders as the guide "Your photos" does, test with every protocol, and store the results in a JSON file: every epoch, the
+confusion matrix, the photos with the largest losses, and the error of each number of crops and scales.
 
     python nbs/experiments/your_photos.py clothing --epochs 60 --patience 12         # a folder {train,val,test}/CLASS/*.jpg
     python nbs/experiments/your_photos.py drawn --epochs 3                           # 5,400 drawn textures"""
@@ -26,7 +26,7 @@ scale_order = (1, 2, 0, 3, 4)                                           # of the
 
 
 def worst(learn, n=8):
-    "The validation photos with the largest losses, by the central crop"
+    "The validation photos with the largest losses for the central crop"
     probs, targ = learn.get_preds(dl=learn.dls.valid)
     losses, vocab = -probs[torch.arange(len(targ)), targ].log(), learn.dls.vocab
     photos = learn.dls.photos['val']
@@ -35,26 +35,26 @@ def worst(learn, n=8):
 
 
 def crop_by_crop(model, photos):
-    "(N,5,10,n_out): what each of the fifty crops of each photo says, so that any of them can be averaged"
+    "(N,5,10,n_out): probabilities of each of the fifty crops of each photo, so that any of them can be averaged"
     ask, _ = make_predictor(model.net, model.stats, model.size)
     return torch.stack([ask(fifty_crop(open_photo(p), size=model.size)).softmax(1).float().view(5, 10, -1).cpu() for p in photos])
 
 
 def rated(probs, targ):
-    "Top-1 error of (N,n_out), with its 95 % interval"
+    "Top-1 error of (N,n_out) probabilities, with its 95 % interval"
     wrong = int((probs.argmax(1) != targ).sum())
     low, high = wilson(wrong, len(targ))
     return dict(top1_error=wrong/len(targ), low=low, high=high)
 
 
 def by_crops_and_scales(said, targ):
-    "Crops of each scale × scales → error"
+    "The error for each number of crops a scale and each number of scales"
     return [dict(crops=c, scales=s, **rated(said[:, list(scale_order[:s])][:, :, list(crop_sets[c])].mean((1, 2)), targ))
             for s in range(1, 6) for c in crop_sets]
 
 
 def by_chance(said, targ, orders=20):
-    "The error of 1, 2, 3, 5 … 50 of the fifty crops, drawn at random: mean over `orders` draws"
+    "The error with 1, 2, 3, 5 … 50 of the fifty crops, drawn at random: mean over `orders` draws"
     said, rng = said.flatten(1, 2), np.random.default_rng(0)
     drawn = [rng.permutation(50) for _ in range(orders)]
     def error(n): return float(np.mean([rated(said[:, d[:n]].mean(1), targ)['top1_error'] for d in drawn]))
@@ -62,7 +62,7 @@ def by_chance(said, targ, orders=20):
 
 
 def timed(model, photos, protocol):
-    "The row of a protocol, and what it cost"
+    "Evaluate with a protocol, and measure its time"
     start = time.perf_counter()
     return evaluate(model, protocol=protocol).assign(seconds_a_photo=(time.perf_counter() - start)/len(photos))
 
@@ -71,19 +71,30 @@ def train(
     photos:str|Path, # `{train,val,test}/CLASS/*.jpg`, or 'drawn'
     epochs:int=8, # Passes over the training photos
     size:int=64, # Side of the crops, pixels
-    arch:str='resnet18', # What `build_net` knows
-    seed:int=0, # Of weights, order and crops
+    arch:str='resnet18', # A name that `build_net` knows
+    seed:int=0, # Of weights, order of photos and crops
     patience:int=2, # Of the plateau, epochs
     out:str|Path|None=None, # The JSON file; None: results/NAME.json beside this script
-    sizes:dict|None=None, # Of the drawn set
-) -> dict: # What the file holds
-    "One run, from photos to the error of each way to test"
+    sizes:dict|None=None, # Photos of each split of the drawn set
+) -> dict: # The contents of the file
+    "One run, from photos to the error of each protocol"
     tmp, drawn = Path(tempfile.mkdtemp()), str(photos) == 'drawn'
     paths = demo_data(tmp/'photos', sizes=sizes or dict(train=4000, val=400, test=1000)) if drawn else from_folders(photos, tmp/'photos')
     start = time.perf_counter()
     model = ResNet(*paths, arch=arch, size=size, bs=16, patience=patience, seed=seed, num_workers=0, net_args=dict(zero_init_residual=True))
     with model.learn.no_bar(), model.learn.no_logging(): history = model.fit(epochs)
     seconds = time.perf_counter() - start
+    name = 'drawn' if drawn else Path(photos).name
+    options = f'--epochs {epochs} --size {size} --arch {arch} --seed {seed} --patience {patience}'
+    command = f'python nbs/experiments/your_photos.py {name} {options}'
+    what = dict(command=command, commit=commit(__file__), machine=machine(), seed=seed, seconds=round(seconds, 1), arch=arch, size=size,
+                short_sides=list(paper_scales(size)), epochs=history.round(5).to_dict('records')) | measure(model)
+    write_json(out or Path(__file__).parent/'results'/f'{name}.json', what)
+    return what
+
+
+def measure(model): # A fitted `ResNet`
+    "What is measured on the photos: confusion matrix, largest losses, and the error of each protocol and group of crops"
     tested = model.learn.dls.photos['test']
     labels = sorted(model.labels.encoding, key=model.labels.encoding.get)
     outputs = torch.tensor([model.labels.encoding[label] for label in labels])
@@ -94,14 +105,9 @@ def train(
     targ, best = outputs[true], said.mean((1, 2))[:, outputs].argmax(1)
     confusion = np.zeros((len(labels), len(labels)), int)
     np.add.at(confusion, (true.numpy(), best.numpy()), 1)
-    name = 'drawn' if drawn else Path(photos).name
-    command = f'python nbs/experiments/your_photos.py {name} --epochs {epochs} --size {size} --arch {arch} --seed {seed} --patience {patience}'
-    what = dict(command=command, commit=commit(__file__), machine=machine(), seed=seed, seconds=round(seconds, 1), arch=arch, size=size,
-                photos={s: len(p) for s, p in model.learn.dls.photos.items()}, labels=labels, short_sides=list(paper_scales(size)),
-                epochs=history.round(5).to_dict('records'), confusion=confusion.tolist(), top_losses=top_losses,
-                protocols=table.round(5).to_dict('records'), crops_and_scales=by_crops_and_scales(said, targ), by_chance=by_chance(said, targ))
-    write_json(out or Path(__file__).parent/'results'/f'{name}.json', what)
-    return what
+    return dict(photos={s: len(p) for s, p in model.learn.dls.photos.items()}, labels=labels, confusion=confusion.tolist(),
+                top_losses=top_losses, protocols=table.round(5).to_dict('records'),
+                crops_and_scales=by_crops_and_scales(said, targ), by_chance=by_chance(said, targ))
 
 
 def main(argv=None):
@@ -111,7 +117,7 @@ def main(argv=None):
     p.add_argument('--size', type=int, default=64, help='side of the crops, pixels')
     p.add_argument('--arch', default='resnet18')
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--patience', type=int, default=2, help='epochs without progress before the rate falls')
+    p.add_argument('--patience', type=int, default=2, help='epochs without improvement before the rate falls')
     p.add_argument('--out', type=Path, help='the JSON file; default: nbs/experiments/results/NAME.json')
     try: found = train(**vars(p.parse_args(argv)))
     except DataError as e: sys.exit(f'{type(e).__name__}: {e}')
