@@ -1,5 +1,8 @@
 """Checks of arguments, whose error messages say what would do."""
+from inspect import signature
 from numbers import Integral
+
+from fastcore.meta import delegates
 
 from .files import DataError
 
@@ -21,6 +24,25 @@ def whole_number(
     "The value, if it is a whole number from 1 on; a ValueError otherwise"
     if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1: return int(value)
     raise ValueError(f"{name} is {value!r:.80}; it must be a whole number, 1 or more")
+
+
+def also_takes(
+    to, # A function, whose arguments with defaults are added to the signature
+): # A decorator of a function with **kwargs
+    "fastcore's `delegates` for a function that keeps its kwargs; `docments` finds the comments"
+    def decorate(f):
+        f = delegates(to, keep=True)(f)
+        f.__delwrap__ = to
+        return f
+    return decorate
+
+
+def take(
+    kwargs:dict, # Arguments; those of `f` are taken out
+    f, # A function
+) -> dict: # Arguments for `f`
+    "Split the arguments of a function from others"
+    return {k: kwargs.pop(k) for k in signature(f).parameters if k in kwargs}
 
 
 def check_learner(

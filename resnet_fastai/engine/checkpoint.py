@@ -302,7 +302,7 @@ def run_identity(
                       for t in getattr(getattr(dls.train, part, None), 'fs', ())},
         batches=[learn.accumulate.bs if hasattr(learn, 'accumulate') else dls.train.bs, dls.train.bs],
         rate=learn.initial_lr, optimizer=_function(learn.opt_func), decay=[learn.decay, bool(learn.wd_bn_bias), learn.wd],
-        loss=_function(learn.loss_func), callbacks={cb.name: _settings(cb) for cb in learn.cbs if _trains(cb)}, 
+        loss=_function(_own_loss(learn)), callbacks={cb.name: _settings(cb) for cb in learn.cbs if _trains(cb)},
         processes=max(num_distrib(), 1)))
 
 
@@ -338,6 +338,11 @@ def _function(f):
     kw = getattr(f, 'keywords', {})
     f = getattr(f, 'func', f)
     return f"{getattr(f, '__name__', type(f).__name__)}({', '.join(f'{k}={v}' for k,v in sorted(kw.items()) if _is_plain(v))})"
+
+
+def _own_loss(learn):
+    "The loss function, without what fastai's MixUp puts in its place while it trains"
+    return next((cb.old_lf for cb in learn.cbs if hasattr(cb, 'old_lf') and learn.loss_func == cb.lf), learn.loss_func)
 
 
 def _trains(cb):

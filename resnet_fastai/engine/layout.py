@@ -192,7 +192,7 @@ def _shard_splits(shards, needed):
 
 
 def _instead(data_path):
-    with suppress(OSError): 
+    with suppress(OSError):
         if found := sorted(p.name for p in Path(data_path).iterdir() if p.is_dir()):
             return f"it has {', '.join(found[:5])}; class folders become this layout by from_folders(src, dest)"
     return 'it needs train/ and val/ with photos in them'

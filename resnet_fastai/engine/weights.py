@@ -272,7 +272,7 @@ def _of_transformers(c, name, folder):
     many = Counter(v.split(',')[0] for v in full)
     first = {s: i for v,i in full.items() if many[s := v.split(',')[0]] == 1}
     return dict(mean=pre.get('image_mean', imagenet_mean), std=pre.get('image_std', imagenet_std), labels=first | full, size=size,
-                stride_at='1x1' if c.get('downsample_in_bottleneck') else '3x3', 
+                stride_at='1x1' if c.get('downsample_in_bottleneck') else '3x3',
                 scaling='its configuration' if there else "assumed: ImageNet's")
 
 

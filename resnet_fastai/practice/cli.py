@@ -306,6 +306,7 @@ def _save(net, model):
     part.replace(model)
 
 _paths, _elsewhere = ('data_path', 'label_path', 'label_encoding', 'model', 'stats'), ('run', 'folders', 'as_json')
+_newer = 'balance', 'label_smoothing', 'mixup', 'cutmix', 'ema', 'early_stopping', 'restore_best'       # older runs do not know them
 
 
 def _kept(params):
@@ -323,8 +324,9 @@ def _near(path):
 def _read_args(run):
     from resnet_fastai.engine.files import DataError, read_json_object
     if not (run/'args.json').exists(): raise DataError(f'{run} holds no run: it has no args.json; name the folder that `train` told of')
-    args, known = dict(balance=None) | read_json_object(run/'args.json'), {*signature(_train).parameters} - {'ctx', *_elsewhere}
-    if odd := known ^ {*args}: raise DataError(f"{run/'args.json'} is not as `train` wrote it: {', '.join(sorted(odd))}")
+    known = {k: p.default for k,p in signature(_train).parameters.items() if k not in ('ctx', *_elsewhere)}
+    args = {k: known[k] for k in _newer} | read_json_object(run/'args.json')
+    if odd := {*known} ^ {*args}: raise DataError(f"{run/'args.json'} is not as `train` wrote it: {', '.join(sorted(odd))}")
     return args
 
 
@@ -339,8 +341,8 @@ def _ready(args, run):
     "The `ResNet` that a run's arguments describe"
     from resnet_fastai.augment import ColorStats
     from resnet_fastai.core import ResNet
-    args = {k: v for k,v in args.items() if v is not None and k not in ('model', 'epochs')
-            and (k, v) not in (('schedule', 'plateau'), ('schedule', 'fine_tune'))}
+    apart = ('schedule', 'plateau'), ('schedule', 'fine_tune')
+    args = {k: v for k,v in args.items() if v is not None and k not in ('model', 'epochs', 'restore_best') and (k, v) not in apart}
     if 'stats' in args: args['stats'] = ColorStats.load(args['stats'])
     return ResNet(**args, run_folder=run)
 
@@ -350,7 +352,7 @@ def _fit(net, args, run, answer):
     go_on, model = f'resnet-fastai resume {shlex.quote(str(run))}', Path(args['model'])
     print(f'the run is kept in {plain(run)}; if it stops, go on with: {plain(go_on)}')
     tuned = (args.get('schedule') or ('fine_tune' if args.get('weights') else 'plateau')) == 'fine_tune'
-    with stoppable(net.learn, go_on): (net.fine_tune if tuned else net.fit)(args['epochs'], resume=True)
+    with stoppable(net.learn, go_on): (net.fine_tune if tuned else net.fit)(args['epochs'], resume=True, restore_best=args['restore_best'])
     with stoppable(net.learn, go_on): _save(net, model)
     said, obj = f'saved in {plain(_near(model))} after {len(net.history)} epochs', dict(model=model, run=run, history=records(net.history))
     if not args.get('balance'): return answer(obj, said)
@@ -405,6 +407,16 @@ def _train(
     balance: Annotated[Optional[Balance], typer.Option(help='Small classes count as much as large ones: by as many photos of each in an '
                                                             'epoch (sampler), or by weights in the loss; '
                                                              'without it each photo counts')] = None,
+    label_smoothing: Annotated[Optional[float], typer.Option(min=0,
+                                                             help='Share of each target that is spread over all labels, such as .1')] = None,
+    mixup: Annotated[Optional[float], typer.Option(min=0, help='Blend photos, with this alpha, such as .4')] = None,
+    cutmix: Annotated[Optional[float], typer.Option(min=0, help='Cover parts of photos by others, with this alpha, such as 1')] = None,
+    ema: Annotated[Optional[float], typer.Option(min=0, help='Average the weights with this decay, such as .999; the average is validated '
+                                                             'and saved')] = None,
+    early_stopping: Annotated[Optional[int], typer.Option(min=1, help='Epochs without a better validation loss after which the training '
+                                                                      'ends')] = None,
+    restore_best: Annotated[bool, typer.Option('--restore-best', help='Save the weights of the epoch with the smallest validation loss, '
+                                                                      'not the last ones')] = False,
     num_workers: Annotated[Optional[int], typer.Option(min=0,
                                                        help='Processes that load photos; without it as the machine has cores')] = None,
     every: Annotated[Optional[int], typer.Option(min=1, help='A checkpoint after so many updates too, not only after each epoch')] = None,

@@ -30,6 +30,7 @@ from ..augment import ColorStats
 from ..data import LabelMap
 from ..engine.calibration import in_effect
 from ..engine.files import DataError, read_json_object, atomic_write
+from ..engine.regularise import in_use
 from ..engine.weight_sources import model_folder, read_weights
 from ..engine.weights import config_sum, imagenet_mean, json_bytes, misfit, saved_tensors, scaled
 from ..inference import paper_scales
@@ -67,8 +68,9 @@ def _summary(learn, precision):
 
 
 def _beginning(learn):
-    "The weights that a training began with, and the epoch whose weights it went back to"
+    "The weights that a training began with, what helped it beyond the paper, and the epoch whose weights it went back to"
     found = {} if learn.restored is None else dict(restored_epoch=learn.restored)
+    if helps := in_use(learn): found['beyond'] = helps
     if learn.weights: found['weights'] = learn.weights
     if learn.weights and learn.weights['head'].startswith('all '): found['origin'] = 'taken over from ' + learn.weights['origin']
     return found
@@ -232,6 +234,7 @@ def _trained_on(c):
     if t.get('epochs'):
         yield 'training', (f"{t['epochs']} epochs in {t.get('seconds', 0):,.0f} seconds; {t.get('bs')} photos an update, "
                            f"rate {t.get('lr', 0):.4g} at first, {t.get('precision')}")
+    if helps := t.get('beyond'): yield 'beyond the paper', ', '.join(f'{k}={v}' for k,v in helps.items())
     if (epoch := t.get('restored_epoch')) is not None: yield 'weights of', f'epoch {epoch}, the one with the smallest validation loss'
     for name in ('top1_error', 'top5_error'):
         if known := [v for v in h.get(name, []) if v is not None]:
@@ -348,6 +351,7 @@ def _training_entry(k, v):
     if k in ('origin', 'decay', 'precision'): return isinstance(v, str)
     if k == 'short_sides': return type(v) is list and len(v) == 2 and all(_is_whole(n, 1, 100_000) for n in v)
     if k == 'weights': return type(v) is dict and all(isinstance(t, str) for t in v.values())
+    if k == 'beyond': return type(v) is dict and all(isinstance(t, str) or _is_number(t) for t in v.values())
     return k in ('epochs', 'seconds', 'bs', 'micro_bs', 'lr', 'restored_epoch') and _is_number(v)
 
 

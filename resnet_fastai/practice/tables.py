@@ -197,7 +197,7 @@ def _found(csv, names, folder) -> list:
 def _row_splits(csv, table, column) -> list:
     "'train', 'val' or 'test' for each row"
     found = column.str.strip().str.lower().map(_splits)
-    _refuse(csv, table, found.isna().to_numpy(), 'has rows that are neither for training nor for validation', 
+    _refuse(csv, table, found.isna().to_numpy(), 'has rows that are neither for training nor for validation',
             'write True or False, or train, val and test')
     return found.tolist()
 
