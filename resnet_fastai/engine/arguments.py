@@ -51,7 +51,8 @@ def check_learner(
     schedule=None, # Of the rate: None, a name or a callback
 ):
     "A `DataError` where the loaders have no validation photos, or decay or schedule is none that there is"
-    if isinstance(schedule, str) and schedule != 'one_cycle': raise DataError(f"schedule is {schedule!r:.80}; it must be 'one_cycle' or a callback")
+    if isinstance(schedule, str) and schedule != 'one_cycle':
+        raise DataError(f"schedule is {schedule!r:.80}; it must be 'one_cycle' or a callback")
     if decay not in ('weights', 'conv_fc', 'all'): raise DataError(f"decay is {decay!r:.80}; it must be 'weights', 'conv_fc' or 'all'")
     if len(dls.loaders) < 2 or not len(dls.valid):
         raise DataError("these loaders have no validation photos; leave some out of training, for example with RandomSplitter()")
