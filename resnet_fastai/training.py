@@ -19,11 +19,10 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.imports import L, noop
-from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import l2_reg, Optimizer, SGD
 from fastai.torch_core import maybe_gather
 
-from .engine.arguments import check_learner
+from .engine.arguments import also_takes, check_learner, take
 from .engine.balance import balancing
 from .engine.checkpoint import Checkpoint  # noqa: F401  for users
 from .engine.checkpoint import describe, ResumableLearner
@@ -33,6 +32,7 @@ from .engine.fine_tuning import FrozenBN, stage_groups
 from .engine.finite import FiniteLoss
 from .engine.history import History, plot_history  # noqa: F401
 from .engine.precision import Precision, precision_and_layout
+from .engine.regularise import regularising
 from .engine.weight_sources import read_weights
 from .engine.weights import start_from
 from .model import build_net
@@ -262,6 +262,7 @@ def _metrics(dls, more):
     top5 = [top5_error]*(len(getattr(dls, 'labels', dls.vocab)) > 5)   # of fewer it says nothing
     return [top1_error, *top5, *L(more)]
 
+@also_takes(regularising)
 def resnet_learner(
     dls:DataLoaders, # Made by `resnet_dls`; or any of fastai's with photos and a `vocab`
     arch:str|None=None, # A name that `build_net` knows; None: the weights' own, or resnet50
@@ -288,12 +289,13 @@ def resnet_learner(
     "The paper's network and recipe as a fastai `Learner`"
     check_learner(dls, decay, schedule)
     precision, channels_last = precision_and_layout(dls.device, precision, channels_last)
+    loss_func, helps = regularising(dls, loss_func, **take(kwargs, regularising))
     net, spec, started = _network(arch, dls, weights, kwargs, channels_last, compile)
     cbs = [Accumulate(bs), _schedule(schedule, patience, min_delta), FrozenBN(), History(),
-           FiniteLoss(), Precision(precision, channels_last), *balancing(balance), *L(cbs),
-           *[CudaGraph()]*graph]
+           FiniteLoss(), Precision(precision, channels_last), *balancing(balance), *helps,
+           *L(cbs), *[CudaGraph()]*graph]
     learn = ResumableLearner(
-        dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, path=path,
+        dls, net, loss_func=loss_func, opt_func=opt_func, path=path,
         lr=default_lr(bs) if lr is None else lr, wd_bn_bias=decay != 'weights', cbs=cbs,
         metrics=_metrics(dls, metrics), train_bn=train_bn, splitter=stage_groups)
     return describe(learn, spec, decay, started, schedule == 'one_cycle', lr)

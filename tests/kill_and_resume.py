@@ -1,6 +1,8 @@
 """Kill a run with SIGKILL again and again, interrupt it now and then, resume it each time, compare the end with a run that nobody touched.
 
-    python kill_and_resume.py FOLDER WORKERS KILLS SEED
+    python kill_and_resume.py FOLDER WORKERS KILLS SEED [MORE]
+
+MORE are arguments of the model, as JSON.
 
 One process imports everything and forks the runs, so that a kill costs no import. Prints a line of JSON."""
 import json
@@ -32,6 +34,7 @@ def result(model):
                 history=[[v for k, v in row.items() if k != 'seconds'] for row in learn.history.rows], lr=learn.lr,
                 hypers=[dict(h) for h in learn.opt.hypers], losses=torch.stack(rec.losses), lrs=rec.lrs, iters=list(rec.iters),
                 values=[list(v) for v in rec.values], plateau=[learn.plateau_lr.best, learn.plateau_lr.wait],
+                helps=[getattr(cb, a) for cb in learn.cbs if cb.name in ('ema', 'early_stopping') for a in cb.state_attrs],
                 rng=[torch.rand(1), random.random()])
 
 
@@ -91,8 +94,9 @@ def check(ref, path):
     path.unlink()
 
 
-def main(folder, workers, kills, seed):
+def main(folder, workers, kills, seed, more='{}'):
     torch.set_num_threads(1)
+    settings.update(json.loads(more))
     folder, rng, begun = Path(folder), random.Random(seed), time.perf_counter()
     paths = demo_data(folder/'photos', sizes=dict(train=44, val=12, test=4))
     ref, out, said = folder/'ref.pt', folder/'out.pt', dict(timed=0, writing=0, interrupted=0, finished=0, parts=0)
@@ -126,4 +130,4 @@ def main(folder, workers, kills, seed):
     print(json.dumps(said | dict(rates=len(rates), seconds=round(time.perf_counter() - begun, 1))))
 
 
-if __name__ == '__main__': main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+if __name__ == '__main__': main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

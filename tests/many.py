@@ -95,10 +95,16 @@ def everything(paths, out):
         m.learn.add_cb(watch := Watch())
         m.learn.fit(1)
         balanced[kind] = dict(weights=weights(m), rows=m.learn.history.rows, photos=watch.order_of[0])
+    m = model(paths, plain=True, label_smoothing=.1, ema=.9, early_stopping=1, lr=.01)
+    m.learn.fit(2)
+    helped = dict(weights=weights(m), own=m.learn.ema.other, rows=m.learn.history.rows)
+    m = model(paths, ema=.9, **(dict(cutmix=1.) if ranks < 6 else {}))     # of 6 processes each has one photo at a time
+    m.learn.fit(1)
+    mixed = dict(weights=weights(m), rows=m.learn.history.rows)
     m = model(paths)
     m.learn.fit(1)
     untouched = model(paths).learn.validate()
-    torch.save(dict(plain=plain, balanced=balanced, bn=weights(m), untouched=list(untouched), lr=m.learn.lr), out)
+    torch.save(dict(plain=plain, balanced=balanced, helped=helped, mixed=mixed, bn=weights(m), untouched=list(untouched), lr=m.learn.lr), out)
 
 
 def resumed(paths, out, folder, die_at=None):

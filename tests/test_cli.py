@@ -384,6 +384,26 @@ def test_an_empty_folder_is_a_place_for_a_model(shell, tmp_path):
     assert done.code == 0 and json.loads((tmp_path/'m'/'config.json').read_text())['n_out'] == 1005, done
 
 
+def test_what_helps_few_photos(shell, tmp_path):
+    "Kept in the run, resumed with it, and the model has the best epoch's average; runs from before these options are resumed as well"
+    few, f = '--label-smoothing .1 --mixup .4 --ema .9 --early-stopping 9 --restore-best'.split(), str(tmp_path/'m')
+    done = shell('train', *labelled, '--model', f, *small, '--epochs', '1', *few)
+    args = json.loads((tmp_path/'m-run'/'args.json').read_text())
+    assert done.code == 0 and [args[k] for k in ('label_smoothing', 'mixup', 'cutmix', 'ema', 'early_stopping', 'restore_best')] == [.1, .4, None, .9, 9, True], done
+    assert shell('resume', f'{f}-run', '--epochs', '2').code == 0 and epochs(tmp_path/'m') == 2
+    config = json.loads((tmp_path/'m'/'config.json').read_text())
+    assert config['training']['restored_epoch'] == min((0, 1), key=config['history']['valid_loss'].__getitem__)
+    (tmp_path/'m-run'/'args.json').write_text(json.dumps(args | dict(mixup=.3)))
+    refused(shell('resume', f'{f}-run', '--epochs', '3'), "'mixup': 'alpha': 0.4, you have 'mixup': 'alpha': 0.3")
+    refused(shell('train', *labelled, '--model', f'{f}2', *small, '--mixup', '.4', '--cutmix', '1'), 'pass one of the two')
+    assert not (tmp_path/'m2-run').exists()
+    from shutil import copytree
+    copytree(shell.folder/'untouched-run', tmp_path/'old-run')
+    args = json.loads((tmp_path/'old-run'/'args.json').read_text())
+    (tmp_path/'old-run'/'args.json').write_text(json.dumps({k: v for k, v in args.items() if k not in ('ema', 'mixup', 'restore_best', 'balance')}))
+    assert shell('resume', str(tmp_path/'old-run'), '--epochs', str(args['epochs'] + 1), '--model', str(tmp_path/'old')).code == 0
+
+
 @pytest.mark.parametrize('text', ['', '[]', '{}', '{"epochs": 3}', 'null'])
 def test_damaged_arguments(shell, tmp_path, text):
     (tmp_path/'args.json').write_text(text)

@@ -65,6 +65,12 @@ def test_processes_do_the_training_of_one(n, ranks, folder, alone):
         for k, v in own['weights'].items(): torch.testing.assert_close(got[0]['balanced'][kind]['weights'][k], v, atol=1e-5, rtol=1e-4)
         for name in ('balanced_error', 'valid_loss'): assert got[0]['balanced'][kind]['rows'][0][name] == pytest.approx(own['rows'][0][name], abs=2e-4)
     assert not equal(alone['balanced']['sampler']['weights'], alone['balanced']['loss']['weights'])
+    for k, v in alone['helped']['weights'].items(): torch.testing.assert_close(got[0]['helped']['weights'][k], v, atol=1e-5, rtol=1e-4)
+    for v, mine in zip(alone['helped']['own'], got[0]['helped']['own']): torch.testing.assert_close(mine, v, atol=1e-5, rtol=1e-4)
+    for a, b in zip(got[0]['helped']['rows'], alone['helped']['rows'], strict=True): assert a['valid_loss'] == pytest.approx(b['valid_loss'], abs=2e-4)
+    for one in got:                                                      # each mixes its own photos; the weights are the same everywhere
+        assert equal(one['helped']['weights'], got[0]['helped']['weights']) and figures(one['mixed']['rows']) == figures(got[0]['mixed']['rows'])
+        assert all(torch.equal(one['mixed']['weights'][k], v) for k, v in got[0]['mixed']['weights'].items() if 'tracked' not in k)
     assert got[0]['untouched'] == pytest.approx(alone['untouched'], abs=1e-6)      # BN and all, on the same weights
     assert len(alone['plain']['drops']) == 2 and alone['plain']['rows'][-1]['surest'] != 0 != alone['plain']['rows'][-1]['median_logit']
 

@@ -90,11 +90,11 @@ def digests(folder): return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() 
 
 # ---- killed
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_twenty_kills_change_nothing(workers, tmp_path):
-    "Ten at random moments, ten inside a checkpoint's writing; and five times Ctrl-C"
+@pytest.mark.parametrize('workers,more', [(0, {}), (2, dict(label_smoothing=.1, mixup=.4, ema=.9, early_stopping=4))])
+def test_twenty_kills_change_nothing(workers, more, tmp_path):
+    "Ten at random moments, ten inside a checkpoint's writing; and five times Ctrl-C; once with all that helps few photos"
     script = Path(__file__).with_name('kill_and_resume.py')
-    out = run([sys.executable, script, tmp_path, str(workers), '20', str(workers)])
+    out = run([sys.executable, script, tmp_path, str(workers), '20', str(workers), json.dumps(more)])
     assert not out.returncode, out.stderr[-3000:]
     said = json.loads(out.stdout.splitlines()[-1])
     print(said)

@@ -1,6 +1,7 @@
 """Weights from elsewhere: the same logits as in the library that they come from; nothing but sentences for what does not fit.
 
-    python tests/test_weights.py      # the largest difference of the logits, source by source"""
+    python tests/test_weights.py                                        # the largest difference of the logits, source by source
+    python tests/test_weights.py nbs/experiments/results/logits.json    # and keep them"""
 import argparse
 import copy
 import hashlib
@@ -620,10 +621,17 @@ def test_what_cannot_start_from_weights(dense_labels):
     with pytest.raises(DataError, match='does not fit the network'): ResNet(*dense_labels, weights=of_torchvision(18).state_dict(), net_args=dict(shortcut='A'), **SMALL)
 
 
-if __name__ == '__main__':
+def main(file=None):
+    from importlib.metadata import version
+    rows = []
     print('source         depth  largest difference  spread of the logits')
     for library, make in LIBRARIES.items():
         for depth in DEPTHS:
             theirs = make(depth)
             diff, spread = difference(theirs, read_weights(theirs.state_dict()))
-            print(f'{library:<14} {depth:>5}  {diff:>18.1e}  {spread:>20.2f}')
+            rows.append(dict(source=library, version=version(library), depth=depth, difference=diff, spread=spread))
+            print(f'{library:<14} {depth:>5}  {diff:>18.1e}  {spread:>20.2f}', flush=True)
+    if file: Path(file).write_text(json.dumps(dict(command=f'python tests/test_weights.py {file}', torch=torch.__version__, rows=rows), indent=1) + '\n')
+
+
+if __name__ == '__main__': main(*sys.argv[1:])

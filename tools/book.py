@@ -80,7 +80,7 @@ def first_picture(cells, tables=False):
             if len(before) > 1: return top + _text_height(before[0])
             top += _text_height(source(c))
         else:
-            if directives(c).get('echo') != 'false': top += 21*len(code_lines(c)) + 50
+            if directives(c).get('echo') != 'false': top += 50 + 21*len(code_lines(c))*(directives(c).get('code-fold') != 'true')   # folded: a line to click
             if pictures(c) or tables and shows_table(c): return top
             top += _output_height(c)
 

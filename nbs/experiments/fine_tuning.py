@@ -43,11 +43,11 @@ def published(file):
 
 
 def some_of(photos, n, seed, dest):
-    "n training photos, equally many of each class, and all validation and test photos"
+    "n training photos, equally many of each class (or a list: how many of each), and all validation and test photos"
     classes = sorted(p.name for p in (photos/'train').iterdir() if p.is_dir())
-    for c in classes:
+    for c, k in zip(classes, n if isinstance(n, list) else [n//len(classes)]*len(classes), strict=True):
         files = {s: sorted(list_photos(photos/s/c)) for s in ('train', 'validation', 'test')}
-        files['train'] = random.Random(f'{seed} {c}').sample(files['train'], min(n//len(classes), len(files['train'])))
+        files['train'] = random.Random(f'{seed} {c}').sample(files['train'], min(k, len(files['train'])))
         for split, some in files.items():
             (folder := dest/split/c).mkdir(parents=True)
             for f in some: (folder/f.name).symlink_to(f.resolve())

@@ -1,5 +1,8 @@
 """Checks of arguments, whose error messages say what would do."""
+from inspect import signature
 from numbers import Integral
+
+from fastcore.meta import delegates
 
 from .files import DataError
 
@@ -23,13 +26,33 @@ def whole_number(
     raise ValueError(f"{name} is {value!r:.80}; it must be a whole number, 1 or more")
 
 
+def also_takes(
+    to, # A function, whose arguments with defaults are added to the signature
+): # A decorator of a function with **kwargs
+    "fastcore's `delegates` for a function that keeps its kwargs; `docments` finds the comments"
+    def decorate(f):
+        f = delegates(to, keep=True)(f)
+        f.__delwrap__ = to
+        return f
+    return decorate
+
+
+def take(
+    kwargs:dict, # Arguments; those of `f` are taken out
+    f, # A function
+) -> dict: # Arguments for `f`
+    "Split the arguments of a function from others"
+    return {k: kwargs.pop(k) for k in signature(f).parameters if k in kwargs}
+
+
 def check_learner(
     dls, # Loaders of a learner
     decay:str, # Which tensors are to decay
     schedule=None, # Of the rate: None, a name or a callback
 ):
     "A `DataError` where the loaders have no validation photos, or decay or schedule is none that there is"
-    if isinstance(schedule, str) and schedule != 'one_cycle': raise DataError(f"schedule is {schedule!r:.80}; it must be 'one_cycle' or a callback")
+    if isinstance(schedule, str) and schedule != 'one_cycle':
+        raise DataError(f"schedule is {schedule!r:.80}; it must be 'one_cycle' or a callback")
     if decay not in ('weights', 'conv_fc', 'all'): raise DataError(f"decay is {decay!r:.80}; it must be 'weights', 'conv_fc' or 'all'")
     if len(dls.loaders) < 2 or not len(dls.valid):
         raise DataError("these loaders have no validation photos; leave some out of training, for example with RandomSplitter()")

@@ -59,7 +59,8 @@ def _filled(groups, bs, sizes, gpu):
         while len(group):
             if batches[i] is None:
                 layout = torch.channels_last if group.ndim == 4 else torch.contiguous_format
-                batches[i] = torch.empty((bs, *group.shape[1:]), dtype=group.dtype, memory_format=layout, pin_memory=gpu and torch.cuda.is_available())
+                batches[i] = torch.empty((bs, *group.shape[1:]), dtype=group.dtype, memory_format=layout,
+                                         pin_memory=gpu and torch.cuda.is_available())
             k = min(bs - n, len(group))
             batches[i][n:n + k], group, n = group[:k], group[k:], n + k
             if n == bs: yield batches[i]; n, i = 0, 1 - i
@@ -74,7 +75,8 @@ def batch_size(
     device = next(net.parameters()).device
     if device.type == 'cpu': return max(1, min(64, round(4*torch.get_num_threads()*(224/size)**2)))
     free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else 8 << 30
-    return max(1, min(round(250*(224/size)**2), int(free/2/((64 << 20)*(size/224)**2))))      # 64 MiB a crop: twice what ResNet-50 takes in 32 bits
+    # 64 MiB a crop: twice what ResNet-50 takes in 32 bits
+    return max(1, min(round(250*(224/size)**2), int(free/2/((64 << 20)*(size/224)**2))))
 
 
 @lru_cache(maxsize=64)

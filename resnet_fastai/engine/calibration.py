@@ -108,10 +108,12 @@ def pick_threshold(
     at, n, good = answered(confidence, right)
     enough = np.flatnonzero(good >= precision*n - 1e-9)
     if not len(enough):
-        raise DataError(f"no threshold reaches a precision of {precision:.1%} on these {len(right):,} photos; the best is {(good/n).max():.1%}: ask for less")
+        raise DataError(f"no threshold reaches a precision of {precision:.1%} on these {len(right):,} photos; the best is "
+                        f"{(good/n).max():.1%}: ask for less")
     n, good, at, total = int(n[i := enough[-1]]), int(good[i]), float(at[i]), len(right)
     (low, high), (least, most) = wilson(good, n), wilson(n, total)
-    return dict(min_prob=at, precision=good/n, precision_low=low, precision_high=high, coverage=n/total, coverage_low=least, coverage_high=most, photos=total)
+    return dict(min_prob=at, precision=good/n, precision_low=low, precision_high=high, coverage=n/total, coverage_low=least,
+                coverage_high=most, photos=total)
 
 
 def in_effect(

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import (
-    Callback, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
+    Callback, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+    CancelValidException)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
@@ -202,7 +203,8 @@ class ResumableLearner(Learner):
         if self.opt is None: self.create_opt()
         self.lr,own = _number(self.lr),[dict(h) for h in self.opt.hypers]
         try:
-            with graceful_interrupt(self): super().fit(n_epoch, lr=_number(lr), wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
+            with graceful_interrupt(self):
+                super().fit(n_epoch, lr=_number(lr), wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)
         except DataError as e:
             if not str(e).startswith('Exception occured in `'): raise
             raise type(e)(str(e).partition(':\n\t')[2]) from None                # fastai says first in which callback
@@ -300,7 +302,8 @@ def run_identity(
                       for t in getattr(getattr(dls.train, part, None), 'fs', ())},
         batches=[learn.accumulate.bs if hasattr(learn, 'accumulate') else dls.train.bs, dls.train.bs],
         rate=learn.initial_lr, optimizer=_function(learn.opt_func), decay=[learn.decay, bool(learn.wd_bn_bias), learn.wd],
-        loss=_function(learn.loss_func), callbacks={cb.name: _settings(cb) for cb in learn.cbs if _trains(cb)}, processes=max(num_distrib(), 1)))
+        loss=_function(_own_loss(learn)), callbacks={cb.name: _settings(cb) for cb in learn.cbs if _trains(cb)},
+        processes=max(num_distrib(), 1)))
 
 
 def _digest(data): return hashlib.sha256(data).hexdigest()
@@ -309,7 +312,8 @@ def _digest(data): return hashlib.sha256(data).hexdigest()
 def _names(photos):
     items = getattr(photos, 'names', getattr(photos, 'items', ()))          # of a `PhotoList`, or of a loader
     if isinstance(items, np.ndarray): return _digest(b'\n'.join(items.tolist())) if items.dtype.kind == 'S' else ''
-    return _digest('\n'.join(map(str, items)).encode('utf-8', 'surrogateescape')) if len(items) and isinstance(items[0], (str, Path)) else ''
+    if not len(items) or not isinstance(items[0], (str, Path)): return ''
+    return _digest('\n'.join(map(str, items)).encode('utf-8', 'surrogateescape'))
 
 
 def _labels(photos, encoding):
@@ -317,10 +321,12 @@ def _labels(photos, encoding):
     return _digest(np.array([encoding[label] for label in photos.vocab], np.int64)[photos.codes].tobytes())
 
 
-def _rounded(o): return {k: _rounded(v) for k,v in o.items()} if isinstance(o, dict) else np.round(o, 7).tolist()     # machines differ in the last bits
+# machines differ in the last bits
+def _rounded(o): return {k: _rounded(v) for k,v in o.items()} if isinstance(o, dict) else np.round(o, 7).tolist()
 
 
-def _is_plain(v): return type(v) in (bool, int, float, str) or isinstance(v, np.generic) or type(v) in (list, tuple) and all(map(_is_plain, v))
+def _is_plain(v):
+    return type(v) in (bool, int, float, str) or isinstance(v, np.generic) or type(v) in (list, tuple) and all(map(_is_plain, v))
 
 
 def _settings(o):
@@ -334,9 +340,15 @@ def _function(f):
     return f"{getattr(f, '__name__', type(f).__name__)}({', '.join(f'{k}={v}' for k,v in sorted(kw.items()) if _is_plain(v))})"
 
 
+def _own_loss(learn):
+    "The loss function, without what fastai's MixUp puts in its place while it trains"
+    return next((cb.old_lf for cb in learn.cbs if hasattr(cb, 'old_lf') and learn.loss_func == cb.lf), learn.loss_func)
+
+
 def _trains(cb):
     "Does a callback decide what an update is?"
-    return getattr(cb, 'part_of_run', False) or any(c.__module__ in ('fastai.callback.training', 'fastai.callback.mixup') for c in type(cb).__mro__)
+    return getattr(cb, 'part_of_run', False) or any(c.__module__ in ('fastai.callback.training', 'fastai.callback.mixup')
+                                                    for c in type(cb).__mro__)
 
 
 _unlike = dict(processes='another number of processes', network='another network', weights='a network with other weights',
@@ -370,7 +382,8 @@ def _refuse_strangers(path, theirs, ours):
 
 class Checkpoint(Callback):
     "Keep a run in a folder: checkpoints from which it goes on exactly, the best weights, and history.csv"
-    locked,order,remove_on_fetch = False,100,True                        # after all others; not while `FetchPredsCallback` looks at the validation set
+    # after all others; not while `FetchPredsCallback` looks at the validation set
+    locked,order,remove_on_fetch = False,100,True
     state_attrs = ('best', 'batches', 'updates')
     def __init__(self,
         folder:str|Path, # Made if need be; one for each run
@@ -469,7 +482,8 @@ class Checkpoint(Callback):
         if not new or last and new.name <= last.name: return
         unlock_folder(self.folder)
         self.locked = False
-        raise DataError(f"another run has gone on in {self.folder}, up to {new.name}; go on with it by learn.resume(epochs), or name another folder")
+        raise DataError(f"another run has gone on in {self.folder}, up to {new.name}; go on with it by learn.resume(epochs), or name "
+                        "another folder")
 
     def close(self):
         "Let others write in the folder, when a fit has ended"
@@ -520,7 +534,8 @@ class Checkpoint(Callback):
         if rank_distrib(): return
         path,df = self.folder/'history.csv',self.history.df
         with self._plainly():
-            if len(df) == 1 or {*self.history.rows[-1]} != {*self.history.rows[0]} or not path.exists(): _write_through(path, df.to_csv(index=False).encode())
+            if len(df) == 1 or {*self.history.rows[-1]} != {*self.history.rows[0]} or not path.exists():
+                _write_through(path, df.to_csv(index=False).encode())
             else:
                 with open(path, 'a') as f: f.write(df[-1:].to_csv(index=False, header=False)); f.flush(); os.fsync(f.fileno())
 
@@ -570,7 +585,8 @@ class Checkpoint(Callback):
         "A line in resumes.csv: when, from where, on how many processes; best effort"
         path,row = self.folder/'resumes.csv',dict(
             time=time.strftime('%Y-%m-%d %H:%M:%S'), checkpoint=s['file'], epochs=len(s['callbacks']['history']['rows']),
-            photos=(s.get('position') or 0) if s['batch'] else 0, processes=max(num_distrib(), 1), before=len(s['ranks']), host=socket.gethostname())
+            photos=(s.get('position') or 0) if s['batch'] else 0, processes=max(num_distrib(), 1),
+            before=len(s['ranks']), host=socket.gethostname())
         with suppress(OSError), open(path, 'a', encoding='utf-8') as f:
             f.write(''.join(','.join(map(str, line)) + '\n' for line in ([row] if not f.tell() else []) + [row.values()]))
 
@@ -600,7 +616,8 @@ class Checkpoint(Callback):
         self.batch = ends.index(position) if position in ends else len(ends) - 1
         learn.pct_train = (learn.epoch + self.batch/learn.n_iter)/learn.n_epoch
         if position not in ends and not rank_distrib():
-            print(f"the last {ends[-1] - position} photos of this epoch are left out: they are too few for {self.dls.train.world_size} processes")
+            print(f"the last {ends[-1] - position} photos of this epoch are left out: they are too few for {self.dls.train.world_size} "
+                  "processes")
 
 
 def share_of(

@@ -70,7 +70,8 @@ def _refuse_wrapped(folder, names):
     for n in names: below[n.partition('/')[0]].add(n.partition('/')[2].rpartition('/')[0].partition('/')[0])
     (only, inner), *others = below.items()
     if not others and len(inner - {''}) > 1:
-        raise DataError(f"{folder} has one class folder, {only}/, with {some(inner - {''})} in it; if these are the classes, move them up into {folder}")
+        raise DataError(f"{folder} has one class folder, {only}/, with {some(inner - {''})} in it; if these are the classes, move them up "
+                        f"into {folder}")
 
 
 def _distinct(rows) -> list:
@@ -82,7 +83,7 @@ def _distinct(rows) -> list:
 
 
 def from_folders(
-    src: str|Path, # Folder with CLASS/…, or with train/CLASS/…, val/CLASS/… (or valid/, validation/) and perhaps test/; or a .zip or .tar.gz of it
+    src: str|Path, # Folder with CLASS/…, or with train/CLASS/…, val/CLASS/… (or validation/), perhaps test/; or a .zip or .tar.gz of it
     dest: str|Path, # A new folder
     val: float = .2, # Share of the validation photos where src has no folder of them; drawn class by class
     test: float = 0, # Share of the test photos where src has no folder of them; 0: none

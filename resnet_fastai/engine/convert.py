@@ -54,7 +54,9 @@ class PhotoFinder:
         for k in range(len(parts)):
             if found := listed.get('/'.join(parts[k:])): return found
         same = self.ends.get(parts[-1], [])
-        if len(same) > 1: raise DataError(f"{name[:80]!r} may be {same[0]} or {same[1]} in {self.folder}; name the folder that it is relative to with folder=")
+        if len(same) > 1:
+            raise DataError(f"{name[:80]!r} may be {same[0]} or {same[1]} in {self.folder}; name the folder that it is relative to with "
+                            "folder=")
         return listed[same[0]] if same else None
 
 
@@ -89,10 +91,13 @@ def _check(rows, source):
     train, val = ({r.label for r in rows if r.split == s} for s in ('train', 'val'))
     if not train or not val:
         raise DataError(f"{source} has all its photos in one split ({len(rows):,}); training needs some, and validation others")
-    if train.isdisjoint(val): raise DataError(f"{source} has no label in common between its training photos ({some(train)}) and its validation "
-                                              f"photos ({some(val)}); are the labels what these folders or columns say?")
-    if only := val - train: raise DataError(f"{source} has validation photos of {some(only)}, and no training photos; move some of them to the training photos")
-    if len(train) < 2: raise DataError(f"{source} gives all its photos the label {next(iter(train))[:80]!r}; at least two labels are needed")
+    if train.isdisjoint(val):
+        raise DataError(f"{source} has no label in common between its training photos ({some(train)}) and its validation "
+                        f"photos ({some(val)}); are the labels what these folders or columns say?")
+    if only := val - train:
+        raise DataError(f"{source} has validation photos of {some(only)}, and no training photos; move some of them to the training photos")
+    if len(train) < 2:
+        raise DataError(f"{source} gives all its photos the label {next(iter(train))[:80]!r}; at least two labels are needed")
 
 
 def some(
@@ -108,7 +113,9 @@ def _known_only(rows, source) -> list:
     "Test photos whose label no training photo has keep no label"
     known = {r.label for r in rows if r.split != 'test'}
     strange = [r for r in rows if r.label and r.label not in known]
-    if strange: print(f"{source}: {len(strange):,} test photos stay without a label; no training photo has theirs: {some({r.label for r in strange})}")
+    if strange:
+        print(f"{source}: {len(strange):,} test photos stay without a label; no training photo has theirs: "
+              f"{some({r.label for r in strange})}")
     return [r if r.label in known else r._replace(label='') for r in rows]
 
 

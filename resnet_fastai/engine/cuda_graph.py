@@ -34,8 +34,8 @@ from .precision import Precision
 _roles = {TrainEvalCallback: 'replay', CastToTensor: 'capture', ProgressCallback: 'replay', Recorder: 'log', Precision: 'capture',
           FiniteLoss: 'log', Checkpoint: 'replay'}
 _host = 'before_batch', 'after_step', 'after_batch'
-_inner = (*_host, 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step', 'after_cancel_step',
-          'after_cancel_batch')
+_inner = (*_host, 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step',
+          'after_cancel_step', 'after_cancel_batch')
 _cancels = CancelTrainException, CancelValidException, CancelEpochException, CancelFitException      # each ends more than the one before
 
 
@@ -68,7 +68,8 @@ class DeviceGraph:
         f, # Without arguments; its work must be for the device alone
     ):
         "Record what `f` would do; nothing is computed yet"
-        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=self._stream(self.device), capture_error_mode='thread_local'): f()
+        with torch.cuda.device(self.device), \
+                torch.cuda.graph(self.graph, stream=self._stream(self.device), capture_error_mode='thread_local'): f()
 
     def replay(self): self.graph.replay()
 
@@ -102,7 +103,7 @@ def _tensors(tree): return [t for t in tree_leaves(tree) if isinstance(t, torch.
 class TapeGraph:
     """The same interface on the CPU, for tests and dry runs: a graph that records operations and executes them again on the same memory.
 
-    Like a CUDA graph it computes nothing at capture, has every Python number of that moment for ever, and refuses what waits for a result."""
+    Like a CUDA graph it computes nothing at capture, keeps every Python number of that moment, and refuses what waits for a result."""
     needs = 'cpu'
     def __init__(self, device=None): self.ops = []
 
@@ -159,7 +160,8 @@ def why_not(
     if not isinstance(learn.opt, Optimizer): return "the optimizer is none of fastai's"
     for cb in learn.cbs:
         hooks = _hooks(cb) if _active(cb) else []
-        if hooks and (_role(cb) is None or _role(cb) == 'replay' and set(hooks) - set(_host)): return f"{cb} works on each batch ({hooks[0]})"
+        if hooks and (_role(cb) is None or _role(cb) == 'replay' and set(hooks) - set(_host)):
+            return f"{cb} works on each batch ({hooks[0]})"
 
 
 # --- The loop

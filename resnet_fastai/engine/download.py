@@ -62,14 +62,16 @@ class _HTTP(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 class _Redirect(urllib.request.HTTPRedirectHandler):
     "Follows a server to other pages of the web, not to a file or to FTP"
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if urlsplit(newurl).scheme not in ('http', 'https'): raise DataError(f"{shown_url(req.full_url)} leads to {shown_url(newurl)}, which is not followed")
+        if urlsplit(newurl).scheme not in ('http', 'https'):
+            raise DataError(f"{shown_url(req.full_url)} leads to {shown_url(newurl)}, which is not followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _opener(url, end):
     "Opens http and https, or a file where the user has named one"
     opener = urllib.request.OpenerDirector()
-    web = [urllib.request.ProxyHandler(), _HTTP(end), _Redirect(), urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()]
+    web = [urllib.request.ProxyHandler(), _HTTP(end), _Redirect(), urllib.request.HTTPErrorProcessor(),
+           urllib.request.HTTPDefaultErrorHandler()]
     for handler in [urllib.request.FileHandler()] if url.lower().startswith('file://') else web: opener.add_handler(handler)
     return opener
 
@@ -95,7 +97,8 @@ def _download(
             parts = iter(lambda: read(chunk), b'')
             for part in progress_bar(parts, total=-(-size//chunk) or 'noinfer', leave=False) if limit is None else parts:
                 done += len(part)
-                if limit and max(size, done) > limit: raise DataError(f"{name} has more than {limit:,} bytes; download it, and pass the file")
+                if limit and max(size, done) > limit:
+                    raise DataError(f"{name} has more than {limit:,} bytes; download it, and pass the file")
                 if time.monotonic() > end: raise TimeoutError
                 out.write(part); digest.update(part)
     except DataError: raise

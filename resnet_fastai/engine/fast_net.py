@@ -78,7 +78,8 @@ def fold_bn(
              and seen.alone(c) and seen.alone(b)]
     for conv,bn in pairs:
         args = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-        w,b = fuse_conv_bn_weights(*[a.cpu().double() if isinstance(a, torch.Tensor) else a for a in args])     # Apple's GPUs have no 64 bits
+        # Apple's GPUs have no 64 bits
+        w,b = fuse_conv_bn_weights(*[a.cpu().double() if isinstance(a, torch.Tensor) else a for a in args])
         conv.weight, conv.bias = (nn.Parameter(p.detach().float().to(conv.weight.device), requires_grad=False) for p in (w, b))
     gone = {bn for _,bn in pairs}
     for m in list(net.modules()):
@@ -165,7 +166,8 @@ class _Snapshot:
     def __init__(self, net):
         self.settings, self.tensors = [], []
         for name,m in net.named_modules(remove_duplicate=False):
-            self.settings += [(name, None if m is net else m, type(m), type(m).forward, list(m._modules))]    # a layer itself: no id is used again
+            # a layer itself: no id is used again
+            self.settings += [(name, None if m is net else m, type(m), type(m).forward, list(m._modules))]
             tensors = [*m._parameters.items(), *m._buffers.items(), *((k, v) for k,v in vars(m).items() if isinstance(v, torch.Tensor))]
             self.tensors += [t for _,t in tensors if t is not None]
             self.settings += [(k, None if t is None else (type(t), t.dtype, t.device, t.shape)) for k,t in tensors]

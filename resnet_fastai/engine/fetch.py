@@ -20,7 +20,7 @@ _archives = ('.zip', '.tar.gz', '.tgz')
 
 
 def resolve_data(
-    source:str|Path, # A folder, an http(s) or file URL of a .zip, .tar.gz or .tgz, perhaps with #sha256=… at its end, or the http(s) URL of shards, with / there
+    source:str|Path, # A folder, the URL of a .zip, .tar.gz or .tgz, perhaps with #sha256=…, or the http(s) URL of shards, with / at its end
     cache:str|Path|None=None, # Where archives are unpacked; None: fastai's data folder
     find=None, # (folder, its archive's name) → the folder that is wanted; None: the one that holds train/
 ) -> Path: # The folder that holds train/, or the index of shards
@@ -35,8 +35,9 @@ def resolve_data(
     if find is None and url.lower().startswith('http') and url.split('?')[0].endswith('/'): return fetch_index(url)
     name = url.split('?')[0].split('#')[0].rstrip('/').rsplit('/', 1)[-1]
     suffix = next((s for s in _archives if name.lower().endswith(s)), None)
-    if suffix is None: raise DataError(f"{shown_url(url)} does not name an archive that can be unpacked ({', '.join(_archives)}), nor a folder of shards, "
-                                         "whose address ends in /")
+    if suffix is None:
+        raise DataError(f"{shown_url(url)} does not name an archive that can be unpacked ({', '.join(_archives)}), nor a folder of shards, "
+                          "whose address ends in /")
     home = Path(cache or cache_folder())/f'{name[:-len(suffix)]}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}'
     find = find or _find_train
     if not home.exists(): _fetch(url, suffix, home, sha256.lower(), find)
@@ -49,7 +50,8 @@ def _fetch(url, suffix, home, sha256, find):
     with tempfile.TemporaryDirectory(dir=home.parent, prefix='.fetching-') as tmp:
         archive, unpacked = Path(tmp)/f'archive{suffix}', Path(tmp)/'unpacked'
         with open(archive, 'wb') as f: found = _download(url, f)
-        if sha256 and found != sha256: raise DataError(f"{name} has the SHA-256 sum {found}, not {sha256}: another file, or damaged on the way")
+        if sha256 and found != sha256:
+            raise DataError(f"{name} has the SHA-256 sum {found}, not {sha256}: another file, or damaged on the way")
         unpacked.mkdir()
         _unpack(archive, unpacked, name)
         find(unpacked, name)
@@ -80,7 +82,8 @@ class _Weight:
         self.total, self.limit, self.free = 0, max(1<<30, 100*archive.stat().st_size), shutil.disk_usage(dest).free
     def add(self, name, size):
         self.total += max(size, 4096)                                              # an empty file takes a block of the disk, too
-        if self.total > self.limit: raise DataError(f"it unpacks to more than {self.limit:,} bytes, 100 times its own size; refused at {quote(name)}")
+        if self.total > self.limit:
+            raise DataError(f"it unpacks to more than {self.limit:,} bytes, 100 times its own size; refused at {quote(name)}")
         if self.total > self.free: raise DataError(f"it unpacks to more than the {self.free:,} bytes that the disk has left")
 
 
@@ -88,7 +91,8 @@ def _refuse_strangers(dest, name, plain):
     "Only files and folders inside the destination; links could point anywhere"
     if not plain: raise DataError(f"its member {quote(name)} is a link or a device; refused")
     if len(name) > 4096: raise DataError(f"its member {quote(name)} has a name of {len(name):,} characters; refused")
-    if not (dest/name).resolve().is_relative_to(dest.resolve()): raise DataError(f"its member {quote(name)} climbs out of the folder; refused")
+    if not (dest/name).resolve().is_relative_to(dest.resolve()):
+        raise DataError(f"its member {quote(name)} climbs out of the folder; refused")
 
 
 def _unzip(archive, dest, weight):

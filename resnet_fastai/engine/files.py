@@ -120,7 +120,8 @@ def write_json(
     obj, # What JSON can hold
 ):
     "Write an object as JSON"
-    text = json.dumps(obj, ensure_ascii=False, indent=1).encode('utf-8', 'backslashreplace')     # a name that is not UTF-8: as JSON escapes it
+    # a name that is not UTF-8: as JSON escapes it
+    text = json.dumps(obj, ensure_ascii=False, indent=1).encode('utf-8', 'backslashreplace')
     with atomic_write(path) as part: part.write_bytes(text)
 
 

@@ -101,7 +101,8 @@ def fine_tune(
     "Train the head, then all layers with rates that fall towards the stem; each is one cycle, as in fastai's `fine_tune`"
     for name,n,low in (('epochs', epochs, 1), ('freeze_epochs', freeze_epochs, 0)):
         if type(n) is not int or n < low: raise DataError(f"{name} is {n!r}; it must be a whole number from {low} on")
-    lr = float(next(v for v in (lr, learn.asked_lr, min(10*np.max(learn.lr), .1)) if v is not None))     # as nbs/experiments/fine_tuning.py found
+    # as nbs/experiments/fine_tuning.py found
+    lr = float(next(v for v in (lr, learn.asked_lr, min(10*np.max(learn.lr), .1)) if v is not None))
     before, at = _where(learn, freeze_epochs, epochs) if resume else (len(learn.history.rows), 'beginning')
     if freeze_epochs and at != 'all layers':
         if at == 'head': learn.resume(before + freeze_epochs)
@@ -120,6 +121,7 @@ def _where(learn, freeze_epochs, epochs):
     if not s: return len(learn.history.rows), 'beginning'
     start = len(s['callbacks']['history']['rows']) - s['epoch']                 # of the fit that the checkpoint is of
     if not s['frozen_idx'] and s['epoch'] == s['n_epoch'] != epochs:
-        raise DataError(f"{learn.checkpoint.folder} holds a fine-tuning that has ended after {s['n_epoch']} epochs of all layers; to train on, save "
+        raise DataError(f"{learn.checkpoint.folder} holds a fine-tuning that has ended after {s['n_epoch']} epochs of all layers; to "
+                        "train on, save "
                         "the model and start from it: weights=FOLDER")
     return (start, 'head') if s['frozen_idx'] else (start - freeze_epochs, 'all layers')

@@ -33,7 +33,8 @@ class FiniteLoss(Callback):
         if self.fitting and not self.training: self._check(self.loss)
 
     def _check(self, loss):
-        self.learn.loss = loss                                       # on the processor: the recorder need not wait once more, for the update
+        # on the processor: the recorder need not wait once more, for the update
+        self.learn.loss = loss
         if not torch.isfinite(loss): raise LossError(self.say(f'the loss is {loss.item()}'))
 
     def say(self,

@@ -44,7 +44,7 @@ class History(Callback):
         self._count_wrong()
 
     def _pack(self, n):
-        "The recorder's newest n losses side by side in memory: strewn among an update's large buffers, each would keep a megabyte from being used again"
+        "The recorder's newest n losses side by side: among an update's large buffers, each would keep a megabyte from being used again"
         if n and (new := self.recorder.losses[-n:]): self.recorder.losses[-n:] = torch.stack(new).as_subclass(torch.Tensor).unbind()
 
     def _count_wrong(self):

@@ -72,7 +72,8 @@ def read_encoding(
     if not pairs: raise LabelError(f"{name} is empty; it must give each label its index, like {{\"goldfish\": 1}}")
     encoding, seen = {}, {}
     for label,value in ((normal_text(k), v) for k,v in pairs):
-        if (i := _as_index(value)) < 0: raise LabelError(f"{name} gives {quote(label)} the index {_json(value)}; a whole number from 0 on is needed")
+        if (i := _as_index(value)) < 0:
+            raise LabelError(f"{name} gives {quote(label)} the index {_json(value)}; a whole number from 0 on is needed")
         if label in encoding: raise LabelError(f"{name} repeats the key {quote(label)}; keep one of its entries")
         if i in seen: raise LabelError(f"{name} gives {quote(seen[i])} and {quote(label)} the same index {i}; indices must differ")
         encoding[label], seen[i] = i, label

@@ -1,4 +1,4 @@
-"""Find the photos of a folder or of its shards, and make the folders that training reads: train/, val/, test/, labels.json, encoding.json."""
+"""Find the photos of a folder or of its shards, and make the folders that training reads: train/, val/, test/ and two JSON files."""
 import os
 import shutil
 import tempfile
@@ -13,7 +13,8 @@ from .files import _umask, DataError, write_json
 from .shards import open_shards, Shards, Source
 
 
-photo_suffixes = frozenset('.jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jp2 .mpo .ppm .pgm .pbm .tga'.split())
+photo_suffixes = frozenset('.jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif '
+                           '.heic .heif .jp2 .mpo .ppm .pgm .pbm .tga'.split())
 
 
 def _scan(folder, above=(), photos=True):
@@ -133,12 +134,14 @@ class ShardList(PhotoList):
     def __len__(self): return len(self.rows)
     def __repr__(self): return f'ShardList({len(self):,} photos in {self.shards.place})'
     def __add__(self, other):
-        return ShardList(self.shards, np.concatenate([_array(self.rows), _array(other.rows)]), np.concatenate([self.codes, other.codes]), self.vocab)
+        return ShardList(self.shards, np.concatenate([_array(self.rows), _array(other.rows)]), np.concatenate([self.codes, other.codes]),
+                         self.vocab)
     def texts(self): return (os.path.join(self.root, os.fsdecode(n)) for n in self.shards.names(self.rows))
     def stamps(self): return zip(map(os.fsdecode, self.shards.names(self.rows)), self.shards.columns[1:,_array(self.rows)].T.tolist())
     def unlabelled(self): return ShardList(self.shards, self.rows)
     def read_ahead(self, places): return self.shards.read_ahead(places, self.rows)
-    def _some(self, i): return ShardList(self.shards, (self.rows if isinstance(i, slice) else _array(self.rows))[i], self.codes[i], self.vocab)
+    def _some(self, i):
+        return ShardList(self.shards, (self.rows if isinstance(i, slice) else _array(self.rows))[i], self.codes[i], self.vocab)
     def _path(self, i):
         row = int(self.rows[i])
         path = PhotoPath(self.root, os.fsdecode(self.shards.name(row)))
@@ -173,7 +176,8 @@ def split_photos(
     for s in splits:
         there = os.path.isdir(root + s)
         if s in needed and not there: raise DataError(f"{data_path} has no folder {s}/; {_instead(data_path)}")
-        photos[s] = PhotoList(data_path, np.sort(np.array([os.fsencode(p[len(root):]) for p in _scan(root + s)], dtype='S')) if there else [])
+        names = (os.fsencode(p[len(root):]) for p in _scan(root + s)) if there else ()
+        photos[s] = PhotoList(data_path, np.sort(np.array([*names], dtype='S')) if there else [])
         if s in needed and not len(photos[s]):
             raise DataError(f"{root}{s} holds no photos (looked for .jpg, .png and so on, to the bottom)")
     return photos
@@ -181,12 +185,14 @@ def split_photos(
 
 def _shard_splits(shards, needed):
     for s in needed:
-        if not shards.rows(s): raise DataError(f"{shards.place} has no photos of {s}/; its shards hold {', '.join(n for n in shards.run_names if n) or 'others'}")
+        if not shards.rows(s):
+            raise DataError(f"{shards.place} has no photos of {s}/; its shards hold "
+                            f"{', '.join(n for n in shards.run_names if n) or 'others'}")
     return {s: ShardList(shards, shards.rows(s)) for s in splits}
 
 
 def _instead(data_path):
-    with suppress(OSError): 
+    with suppress(OSError):
         if found := sorted(p.name for p in Path(data_path).iterdir() if p.is_dir()):
             return f"it has {', '.join(found[:5])}; class folders become this layout by from_folders(src, dest)"
     return 'it needs train/ and val/ with photos in them'

@@ -64,19 +64,22 @@ class PhotoDL(TfmdDL):
         if self.threads: kwargs = dict(num_workers=None) | kwargs
         return super().new(dataset, cls, **kwargs)
 
-    rank,world_size,shares,update = 0,1,None,None             # update: photos in an update, which `Accumulate` says; None: what passes at a time
+    # update: photos in an update, which `Accumulate` says; None: what passes at a time
+    rank,world_size,shares,update = 0,1,None,None
     classes = None                                            # (n,) of each photo, where an epoch is to have as many photos of each
     def photos_in(self) -> list[int]:
         "The number of photos in each batch, all processes together: equal parts of an update, of at most `bs` photos a process"
         at_once,least = self.bs*self.world_size,min(self.bs, 2)*self.world_size     # BN needs two photos in each process
         update = self.update or at_once
-        if self.shuffle and update < least: raise DataError(f"an update of bs={update} photos is too small for {self.world_size} processes: "
-                                                            f"it needs {least//self.world_size} for each")
+        if self.shuffle and update < least:
+            raise DataError(f"an update of bs={update} photos is too small for {self.world_size} processes: "
+                            f"it needs {least//self.world_size} for each")
         whole,rest = divmod(self.n, update)
         updates = [update]*whole + [rest]*(rest > 0 and not self.drop_last)
         if self.shuffle and updates and updates[-1] < least:                        # the last few go with those before them
-            if len(updates) == 1: raise DataError(f"{self.n} photos are too few for {self.world_size} process{'es' if self.world_size > 1 else ''}: "
-                                                  "training needs two for each")
+            if len(updates) == 1:
+                raise DataError(f"{self.n} photos are too few for {self.world_size} process{'es' if self.world_size > 1 else ''}: "
+                                "training needs two for each")
             updates[-2:] = [updates[-2] + updates[-1]]
         return [n for u in updates for n in _equal_parts(u, max(1, min(-(-u//at_once), u//least)))]
 
@@ -162,7 +165,8 @@ def join_processes():
 def _timeout():
     "How long a process waits for the others in training; a rank that hangs for longer ends the job, and torchrun begins again"
     seconds = os.environ.get('RESNET_FASTAI_TIMEOUT', '600')
-    if not seconds.isdigit() or int(seconds) < 1: raise DataError(f"RESNET_FASTAI_TIMEOUT is {quote(seconds)}; it must be a whole number of seconds")
+    if not seconds.isdigit() or int(seconds) < 1:
+        raise DataError(f"RESNET_FASTAI_TIMEOUT is {quote(seconds)}; it must be a whole number of seconds")
     return timedelta(seconds=int(seconds))
 
 
@@ -194,7 +198,9 @@ class PhotoLoaders(DataLoaders):
     ):
         "A loader over other photos, as in validation"
         items, _ = photo_inputs(test_items)
-        if not isinstance(items, PhotoList): items = [PhotoPath(p) if isinstance(p, (str, Path)) and not isinstance(p, PhotoPath) else p for p in items]     # the kind that fastai knows here
+        if not isinstance(items, PhotoList):
+            # the kind that fastai knows here
+            items = [PhotoPath(p) if isinstance(p, (str, Path)) and not isinstance(p, PhotoPath) else p for p in items]
         return super().test_dl(items, **kwargs)
 
 

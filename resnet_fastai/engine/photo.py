@@ -41,8 +41,10 @@ class Photo:
         elif isinstance(image, (bytes, bytearray, memoryview)): self.data = bytearray(image)
         elif isinstance(image, str) and '://' in image: self.data = self._fetched(image)
         elif isinstance(image, (str, Path)): self.data = self._read(image)
-        else: raise PhotoError(f"{self.name} is not a photo; pass a path, a URL (http or https), the bytes of a file, a PIL image, or an array "
-                               "(height, width, 3) of uint8; `predict` also takes a list of these, or a folder")
+        else:
+            raise PhotoError(f"{self.name} is not a photo; pass a path, a URL (http or https), the bytes of a file, a PIL image, or an "
+                             "array "
+                             "(height, width, 3) of uint8; `predict` also takes a list of these, or a folder")
 
     @classmethod
     def create(cls,
@@ -56,7 +58,8 @@ class Photo:
         except DataError: raise                                       # also of shards: what is wrong there is no photo's fault
         except FileNotFoundError: raise PhotoError(f"{self.name} does not exist") from None
         except Image.DecompressionBombError as e:
-            raise PhotoError(f"{self.name} is too large to be a photo: {e} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it, in the shell "
+            raise PhotoError(f"{self.name} is too large to be a photo: {e} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it, in the "
+                             "shell "
                              "--max-pixels.") from None
         except Exception as e: raise PhotoError(f"{self.name} cannot be read as a photo: {_reason(e, self.data)}") from None
 
@@ -70,10 +73,12 @@ class Photo:
             with open(path, 'rb', buffering=0) as f: return _whole(f, path)
 
     def _fetched(self, url, limit=64<<20, seconds=60):
-        if not url.lower().startswith(('http://', 'https://')): raise PhotoError(f"{shown_url(url)} starts with neither http:// nor https://")
+        if not url.lower().startswith(('http://', 'https://')):
+            raise PhotoError(f"{shown_url(url)} starts with neither http:// nor https://")
         try: _download(url, out := BytesIO(), limit, seconds)
         except DataError as e: raise PhotoError(str(e)) from None
-        if _is_page(out.getvalue()): raise PhotoError(f"{shown_url(url)} gave a web page, not a photo; open it in a browser, and copy the photo's own address")
+        if _is_page(out.getvalue()):
+            raise PhotoError(f"{shown_url(url)} gave a web page, not a photo; open it in a browser, and copy the photo's own address")
         return bytearray(out.getbuffer())
 
     def _of_array(self, a):
@@ -105,7 +110,8 @@ class Photo:
         w,h = self._open().size
         try: rgb = decode_jpeg(self.data, 'RGB', min_height=-(-h//f), min_width=-(-w//f), min_factor=f)
         except ValueError as e:
-            if str(e).startswith('Premature end of JPEG'): raise PhotoError(f"{self.name} is cut short: a JPEG without its end; fetch it again") from None
+            if str(e).startswith('Premature end of JPEG'):
+                raise PhotoError(f"{self.name} is cut short: a JPEG without its end; fetch it again") from None
             if 'remature' in str(e): raise PhotoError(f"{self.name} is damaged: a part of its picture is missing") from None
             return None
         return _upright(torch.from_numpy(rgb).permute(2,0,1), _turned(self._open()))
@@ -167,7 +173,8 @@ def _header(data):
 
 def _reason(e, data):
     if isinstance(e, Image.UnidentifiedImageError):
-        if data is not None and data[4:8] == b'ftyp' and data[8:12] in (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1'):
+        if data is not None and data[4:8] == b'ftyp' and data[8:12] in (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1',
+                                                                        b'msf1'):
             return 'it is a HEIC file, which Pillow opens only after pillow_heif.register_heif_opener()'
         return 'not an image, or damaged'
     return getattr(e, 'strerror', None) or str(e) or type(e).__name__

@@ -45,7 +45,8 @@ def write_index(
     texts = np.array([name[name.find(b'/') + 1:] for name in names], 'S')
     data = np.ascontiguousarray(columns, '<u4').tobytes() + texts.tobytes()
     with atomic_write(Path(folder)/index_name) as part: part.write_bytes(data)
-    header = dict(format=_format, photos=len(names), width=texts.itemsize, index=hashlib.sha256(data).hexdigest(), runs=runs, shards=shards, made=made)
+    header = dict(format=_format, photos=len(names), width=texts.itemsize, index=hashlib.sha256(data).hexdigest(), runs=runs, shards=shards,
+                  made=made)
     with atomic_write(Path(folder)/header_name) as part: part.write_text(json.dumps(header))
 
 
@@ -63,7 +64,8 @@ def read_header(
                                                        "Use the version that packed them, or pack the photos again")
         starts = [*(start for _,start in h['runs']), h['photos']]
         sizes = [h['photos'], h['width'], *starts, *(size for _,size,_ in h['shards'])]
-        sound = all(type(n) is int and n >= 0 for n in sizes) and starts[0] == 0 and all(a < b for a,b in pairwise(starts)) and h['width'] > 0
+        rising = starts[0] == 0 and all(a < b for a,b in pairwise(starts))
+        sound = all(type(n) is int and n >= 0 for n in sizes) and rising and h['width'] > 0
         if sound and all(n == os.path.basename(n) and len(sha) == 64 for n,_,sha in h['shards']): return h
     except DataError: raise
     except (ValueError, TypeError, KeyError, AttributeError, IndexError): pass

@@ -115,7 +115,8 @@ class Answers(dict):
     ):
         self.folder,self.most,self.seconds,self.new,self.since = folder,most,seconds,{},time.monotonic()
         for path in sorted(folder.glob('*.pt')):
-            with suppress(Exception): self.update({i: _arrays(a) for i,a in torch.load(path, weights_only=True).items()})     # or it is asked again
+            # or it is asked again
+            with suppress(Exception): self.update({i: _arrays(a) for i,a in torch.load(path, weights_only=True).items()})
 
     def ask(self,
         ask:Callable, photos, places:list, # As for `shared_out`; of this process
@@ -141,7 +142,8 @@ class Answers(dict):
     def remove(self,
         others:bool, # Also what was kept for other questions in the same place?
     ):
-        for path in self.folder.parent.glob('*/*.pt*') if others else self.folder.glob('*.pt*'): path.unlink(missing_ok=True)     # halves, too
+        # halves, too
+        for path in self.folder.parent.glob('*/*.pt*') if others else self.folder.glob('*.pt*'): path.unlink(missing_ok=True)
         for folder in (*self.folder.parent.glob('*'), self.folder.parent) if others else (self.folder,):
             with suppress(OSError): folder.rmdir()                              # where it is empty
 
@@ -162,7 +164,8 @@ def shared_out(
     what = hashlib.sha256(json.dumps([*map(_text, of), len(photos)]).encode()).hexdigest()
     have = of_all([names, what])
     if unlike := [r for r,o in enumerate(have) if o != have[0]]:
-        raise DataError(f"process {unlike[0]} does not have the {'photos' if have[unlike[0]][0] != names else 'model and arguments'} of process 0; "
+        raise DataError(f"process {unlike[0]} does not have the {'photos' if have[unlike[0]][0] != names else 'model and arguments'} of "
+                        "process 0; "
                         "every process needs the same files and the same arguments")
     kept = Answers((keep or cache_folder()/'shared')/hashlib.sha256((files + what).encode()).hexdigest()[:24])
     own,me = of_all(sorted(kept)),rank_distrib()

@@ -20,7 +20,8 @@ def model_parts(
     has = model if learn is None else learn
     protocol, past = getattr(has, 'protocol', '50crop'), getattr(has, 'history', ())
     temperature, min_prob = in_effect(getattr(has, 'trust', {}), protocol, len(getattr(past, 'rows', past)))
-    return SimpleNamespace(net=net, stats=of.stats, size=of.size, labels=of.labels, dls=dls, protocol=protocol, temperature=temperature, min_prob=min_prob)
+    return SimpleNamespace(net=net, stats=of.stats, size=of.size, labels=of.labels, dls=dls, protocol=protocol, temperature=temperature,
+                           min_prob=min_prob)
 
 
 def labelled_split(

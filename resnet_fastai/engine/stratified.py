@@ -189,7 +189,8 @@ def _tell(source, rows, names, y, split, copy, keys):
     if torn := next((rs for rs in twice if len({r.label for r in rs}) > 1), None):
         other = next(r for r in torn if r.label != torn[0].label)
         print(f"  copies with different labels: {torn[0].name} is {quote(torn[0].label)}, {other.name} is not; check them")
-    if (few := np.flatnonzero(amounts <= 2)).size: print('  classes with one or two photos: ' + some(f'{names[i]} ({amounts[i]})' for i in few))
+    if (few := np.flatnonzero(amounts <= 2)).size:
+        print('  classes with one or two photos: ' + some(f'{names[i]} ({amounts[i]})' for i in few))
     if len(none := np.setdiff1d(y, y[split == 'val'])): print('  without a validation photo: ' + some(names[none]))
 
 

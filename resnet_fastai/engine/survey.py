@@ -49,7 +49,8 @@ def scan_photos(
     num_workers:int|None=None, # Threads; 0: none; None: one a core
 ) -> tuple: # ((4,4,n) moments, zeros where a photo is bad; {place: why it cannot be read})
     "Decode every photo once, with a progress bar: its colour moments, and which ones are bad; several processes share the work"
-    moments, bad, same = np.zeros((len(paths), 4, 4)), {}, have_same_photos(paths)       # asked in all processes, also by one with nothing to do
+    # asked in all processes, also by one with nothing to do
+    moments, bad, same = np.zeros((len(paths), 4, 4)), {}, have_same_photos(paths)
     if not len(paths): return moments, bad
     ask = lambda some: prefetch(_moments, some, num_workers, single=True)
     for i,m in enumerate(shared_out(ask, paths, ['moments']) if same else each_photo(_moments, paths, num_workers)):

@@ -27,7 +27,8 @@ def torchvision_file(
     every = get_model_weights(arch)
     name = f'IMAGENET1K_{version.upper()}' if version else every.DEFAULT.name
     if name not in every.__members__:
-        raise DataError(f"torchvision has no weights {version!r} of {arch}; there is {', '.join(m[-2:].lower() for m in every.__members__)}")
+        raise DataError(f"torchvision has no weights {version!r} of {arch}; there is "
+                        f"{', '.join(m[-2:].lower() for m in every.__members__)}")
     return every[name].url, f'{every.__name__}.{name}'
 
 
@@ -53,7 +54,8 @@ def torchvision_weights(
     with local_rank0_first():
         if not dest.exists(): _fetch(url, dest, wanted)
     if not (sha := sha256_of(dest)).startswith(wanted):
-        raise DataError(f"{dest} is not the file of this name: its SHA-256 begins with {sha[:8]}, not {wanted}; delete it, and it is fetched again")
+        raise DataError(f"{dest} is not the file of this name: its SHA-256 begins with {sha[:8]}, not {wanted}; delete it, and it is "
+                        "fetched again")
     return of_torchvision(dest, sha, arch, name, url)
 
 
@@ -66,7 +68,8 @@ def of_torchvision(
 ) -> Weights:
     "`Weights` of a file of torchvision's"
     return assembled(unwrapped(read_tensors(path), str(path)), str(path), sha256, arch, labels=rows_of(imagenet_labels()), size=224,
-                     licence="BSD-3-Clause (torchvision); ImageNet's terms may apply", scaling='torchvision', origin=f'torchvision {name}, {url}')
+                     licence="BSD-3-Clause (torchvision); ImageNet's terms may apply", scaling='torchvision',
+                     origin=f'torchvision {name}, {url}')
 
 
 def _fetch(url, dest, wanted):
@@ -77,11 +80,14 @@ def _fetch(url, dest, wanted):
             with open(part, 'wb') as f: sha = _download(url, f)
             if sha.startswith(wanted): return
             with open(part, 'rb') as f: page = _is_page(f.read(512))
-            raise DataError(f"{url} gave {'a web page (a login?)' if page else f'a file whose SHA-256 begins with {sha[:8]}, not {wanted}'}")
+            what = 'a web page (a login?)' if page else f'a file whose SHA-256 begins with {sha[:8]}, not {wanted}'
+            raise DataError(f"{url} gave {what}")
     except OSError as e: raise DataError(f"{dest} cannot be written: {e.strerror or e}; set TORCH_HOME to a folder that can be") from None
     except DataError as e:
-        raise DataError(f"{str(e).removesuffix('; try again')}. Without a network: download it elsewhere and put it there as {dest}; or pass as "
-                        "weights a .pth or .safetensors file, the folder of a saved model, or a Hugging Face name that is in its cache") from None
+        raise DataError(f"{str(e).removesuffix('; try again')}. Without a network: download it elsewhere and put it there as {dest}; or "
+                        "pass as "
+                        "weights a .pth or .safetensors file, the folder of a saved model, or a Hugging Face name that is in its "
+                        "cache") from None
 
 
 # ── Hugging Face ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -96,8 +102,10 @@ def _hub_file(repo, revision, name, needed=True):
     try: return Path(hf_hub_download(repo, name, revision=revision))
     except Exception as e:                                                      # its own, and those of the HTTP client that it uses today
         if not needed and isinstance(e, EntryNotFoundError): return None
-        raise DataError(f"{name} of {repo} cannot be had from Hugging Face ({constants.ENDPOINT}/{repo}): {first_line(e)}. Without a network: "
-                        f"fill its cache ({constants.HF_HUB_CACHE}) elsewhere, or pass as weights the file, or a folder with config.json and "
+        raise DataError(f"{name} of {repo} cannot be had from Hugging Face ({constants.ENDPOINT}/{repo}): {first_line(e)}. Without a "
+                        "network: "
+                        f"fill its cache ({constants.HF_HUB_CACHE}) elsewhere, or pass as weights the file, or a folder with config.json "
+                        "and "
                         "model.safetensors") from None
 
 
@@ -135,7 +143,8 @@ def model_folder(
     with local_rank0_first():
         config = _hub_file(m[1], m[2], 'config.json')
         if not {'format', 'encoding', 'weights_sha256'} <= read_json_object(config).keys():
-            raise DataError(f"{m[1]} holds no model that this project saved; ResNet(…, weights={text!r}) starts from its weights, if it is a ResNet")
+            raise DataError(f"{m[1]} holds no model that this project saved; ResNet(…, weights={text!r}) starts from its weights, if it "
+                            "is a ResNet")
         weights = _hub_file(m[1], m[2], 'model.safetensors')
     _same_blob(weights)
     if weights.parent != config.parent: raise DataError(f"{m[1]} has changed meanwhile; load it again, or name a revision: {text}@…")
@@ -163,7 +172,8 @@ def read_weights(
     "Weights from elsewhere, for a network of this project; a `DataError` says what is wrong with them"
     said = {k: v for k,v in dict(mean=mean, std=std).items() if v is not None}
     found = _found(source, arch, said | (dict(scaling='the caller') if said else {}))
-    if arch and found.arch != arch: raise DataError(f"{found.origin} holds a {found.arch}, not a {arch}; leave arch out, or pass other weights")
+    if arch and found.arch != arch:
+        raise DataError(f"{found.origin} holds a {found.arch}, not a {arch}; leave arch out, or pass other weights")
     return replace(found, **{k: v for k,v in dict(size=size, labels=labels).items() if v is not None})
 
 
@@ -192,7 +202,8 @@ def _in_memory(source):
     if isinstance(source, Weights): return source
     t = getattr(source, 'trained', source)
     if all(hasattr(t, a) for a in ('net', 'arch', 'net_args', 'labels', 'stats', 'size')): return of_model(t)
-    what = "a network's state dict: net.state_dict()" if isinstance(source, nn.Module) else 'a name, a file, a folder, a state dict or a ResNet'
+    others = 'a name, a file, a folder, a state dict or a ResNet'
+    what = "a network's state dict: net.state_dict()" if isinstance(source, nn.Module) else others
     raise DataError(f"weights is a {type(source).__name__}; pass {what}")
 
 

@@ -260,17 +260,20 @@ def _of_transformers(c, name, folder):
     "What transformers' config.json and preprocessor_config.json say"
     if c.get('model_type') != 'resnet': raise DataError(f"{name} is of the kind {str(c.get('model_type'))[:40]!r}; 'resnet' is needed")
     if c.get('downsample_in_first_stage') or c.get('hidden_act', 'relu') != 'relu':
-        raise DataError(f"{name} is a ResNet with a stride in its first stage, or with another activation than relu; those are none of the paper's")
+        raise DataError(f"{name} is a ResNet with a stride in its first stage, or with another activation than relu; those are none of "
+                        "the paper's")
     there = (folder/'preprocessor_config.json').exists()
     pre = read_json_object(folder/'preprocessor_config.json') if there else {}
     size = pre.get('crop_size') or pre.get('size')
     if isinstance(size, dict): size = size.get('height') or size.get('shortest_edge')
     ids = c.get('id2label') if isinstance(c.get('id2label'), dict) else {}
     full = {str(v): int(k) for k,v in ids.items() if str(k).isdecimal() and not re.fullmatch(r'LABEL_\d+', str(v))}
-    many = Counter(v.split(',')[0] for v in full)                                # 'tench, Tinca tinca': also by the first name, if it is one class's
+    # 'tench, Tinca tinca': also by the first name, if it is one class's
+    many = Counter(v.split(',')[0] for v in full)
     first = {s: i for v,i in full.items() if many[s := v.split(',')[0]] == 1}
     return dict(mean=pre.get('image_mean', imagenet_mean), std=pre.get('image_std', imagenet_std), labels=first | full, size=size,
-                stride_at='1x1' if c.get('downsample_in_bottleneck') else '3x3', scaling='its configuration' if there else "assumed: ImageNet's")
+                stride_at='1x1' if c.get('downsample_in_bottleneck') else '3x3',
+                scaling='its configuration' if there else "assumed: ImageNet's")
 
 
 def _licence(folder):
@@ -286,7 +289,8 @@ def read_folder(
     name: str, # What to call it
 ) -> Weights:
     "The weights of a folder, and what its config.json says about them"
-    if not (folder/'config.json').exists(): raise DataError(f"{folder} has no config.json; name a saved model's folder, or a file of weights")
+    if not (folder/'config.json').exists():
+        raise DataError(f"{folder} has no config.json; name a saved model's folder, or a file of weights")
     c = read_json_object(folder/'config.json')
     if 'weights_sha256' in c: return _of_saved(folder, c)
     said = of_timm(c, name) if 'architecture' in c else _of_transformers(c, name, folder)
@@ -341,7 +345,8 @@ def saved_tensors(
     size, wanted = os.path.getsize(path), c.get('weights_bytes')
     if wanted not in (None, size): raise ValueError(f"model.safetensors has {size:,} bytes; config.json was written for one of {wanted}")
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != c['weights_sha256']: raise ValueError("model.safetensors is not the file that config.json was written for")
+    if hashlib.sha256(data).hexdigest() != c['weights_sha256']:
+        raise ValueError("model.safetensors is not the file that config.json was written for")
     return safetensors.torch.load(data)
 
 
@@ -349,10 +354,12 @@ def _of_saved(folder, c):
     "`Weights` of a folder that `save` wrote"
     try:
         if c.get('format') not in (1, 2): raise ValueError(f"its format is {str(c.get('format'))[:20]!r}, and this version reads 1 and 2")
-        if c['format'] == 2 and c.get('sha256') != config_sum(c): raise ValueError("config.json has been changed since it was saved, or is damaged")
+        if c['format'] == 2 and c.get('sha256') != config_sum(c):
+            raise ValueError("config.json has been changed since it was saved, or is damaged")
         state = saved_tensors(folder/'model.safetensors', c)
-        return Weights(state, str(c['arch']), dict(c['net_args']), _three(c['stats']['mean'], 'mean', 'config.json'), (1., 1., 1.), int(c['size']),
-                       {str(k): int(i) for k,i in c['encoding'].items()}, f'the saved model {folder}', str(c['weights_sha256']), _licence(folder), 'the model')
+        return Weights(state, str(c['arch']), dict(c['net_args']), _three(c['stats']['mean'], 'mean', 'config.json'), (1., 1., 1.),
+                       int(c['size']), {str(k): int(i) for k,i in c['encoding'].items()}, f'the saved model {folder}',
+                       str(c['weights_sha256']), _licence(folder), 'the model')
     except OSError as e: raise DataError(f"{folder} holds no saved model: {e.filename or folder}: {e.strerror or e}") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError, SafetensorError) as e:
         raise DataError(f"{folder} holds no whole model: {first_line(e, 300)}") from None
@@ -433,12 +440,15 @@ def centre(
     if hasattr(dls, 'stats'):
         dls.stats = type(dls.stats)(weights.mean, dls.stats.eigval, dls.stats.eigvec, dls.stats.n_photos)
         for t in fs:
-            if isinstance(getattr(t, 'mean', None), torch.Tensor): t.mean = torch.tensor(weights.mean, dtype=t.mean.dtype, device=t.mean.device)
+            if isinstance(getattr(t, 'mean', None), torch.Tensor):
+                t.mean = torch.tensor(weights.mean, dtype=t.mean.dtype, device=t.mean.device)
         return
     mean = torch.tensor(weights.mean)
-    if not (norms := [t for t in fs if isinstance(t, Normalize)]): return dls.add_tfms([Normalize.from_stats(mean, torch.ones(3))], 'after_batch')
+    if not (norms := [t for t in fs if isinstance(t, Normalize)]):
+        return dls.add_tfms([Normalize.from_stats(mean, torch.ones(3))], 'after_batch')
     for t in norms:
         if t.mean.numel() != 3 or (t.mean.flatten().cpu() - mean).abs().max() > 5e-3:
-            raise DataError(f"these loaders subtract the mean {t.mean.flatten().tolist()}; {weights.origin} was trained with {weights.mean}: "
+            raise DataError(f"these loaders subtract the mean {t.mean.flatten().tolist()}; {weights.origin} was trained with "
+                            f"{weights.mean}: "
                             f"use Normalize.from_stats({weights.mean}, {weights.std})")
     with torch.no_grad(): net.conv1.weight *= norms[0].std.flatten().to(net.conv1.weight)[:,None,None]

@@ -1,6 +1,6 @@
 """Check, train, stop, go on, measure and predict without opening Python."""
-__all__ = ['app', 'Json', 'demo_args', 'Data', 'Labels', 'Encoding', 'ByFolders', 'OnBad', 'Precision', 'Balance', 'Schedule', 'Split', 'Protocol',
-           'Format', 'limits', 'LogStream', 'plain', 'table', 'answering', 'records', 'main', 'stoppable', 'demo',
+__all__ = ['app', 'Json', 'demo_args', 'Data', 'Labels', 'Encoding', 'ByFolders', 'OnBad', 'Precision', 'Balance', 'Schedule', 'Split',
+           'Protocol', 'Format', 'limits', 'LogStream', 'plain', 'table', 'answering', 'records', 'main', 'stoppable', 'demo',
            'split', 'check', 'stats', 'resume']
 
 import csv
@@ -171,7 +171,8 @@ def _on_stop(folder):
 
 def _forget(folder):
     "Remove what `_on_stop` has left"
-    for p in (*folder.glob('checkpoint-*.pt'), *(folder/name for name in ('best.pt', 'history.csv', 'resumes.csv'))): p.unlink(missing_ok=True)
+    for p in (*folder.glob('checkpoint-*.pt'), *(folder/name for name in ('best.pt', 'history.csv', 'resumes.csv'))):
+        p.unlink(missing_ok=True)
     with suppress(OSError): folder.rmdir()
 
 
@@ -226,7 +227,8 @@ def split(
     dest: Annotated[Path, typer.Argument(help='A new folder; the photos are linked')],
     val: Annotated[float, typer.Option(help='Share of the validation photos of every class')] = .2,
     test: Annotated[float, typer.Option(help='Share of the test photos of every class')] = 0,
-    group: Annotated[Optional[str], typer.Option(help='What must stay in one split: a column of the CSV, or a regular expression on the names, like "scene[0-9]+"')] = None,
+    group: Annotated[Optional[str], typer.Option(help='What must stay in one split: a column of the CSV, or a regular expression on the '
+                                                      'names, like "scene[0-9]+"')] = None,
     folds: Annotated[Optional[int], typer.Option(help='So many layouts, DEST/fold1 and so on, for a cross-validation')] = None,
     seed: Annotated[int, typer.Option(help='The same seed draws the same photos')] = 42,
     as_json: Json = False,
@@ -277,7 +279,8 @@ def stats(
         from resnet_fastai.engine.files import DataError
         from resnet_fastai.engine.layout import training_photos
         if save and save.exists(): raise DataError(f'{save} exists already; name a new file with --save')
-        if save and not save.parent.is_dir(): raise DataError(f'{save.parent} is not a folder; name a file in a folder that exists with --save')
+        if save and not save.parent.is_dir():
+            raise DataError(f'{save.parent} is not a folder; name a file in a folder that exists with --save')
         found = ColorStats.fit(training_photos(resolve_data(data_path)))
         if save and not _rank(): found.save(save)
         answer(found.as_dict(), _colors(found))
@@ -296,7 +299,8 @@ def _refuse_taken(model, run):
     from resnet_fastai.engine.files import DataError
     holds = 'a model' if any((model/name).exists() for name in ('config.json', 'model.safetensors')) else 'other things'
     if not model.name or (model.exists() and not model.is_dir()): raise DataError(f'{model} cannot be a new folder; name one with --model')
-    if model.exists() and any(model.iterdir()) and not _is_of(model, run): raise DataError(f'{model} holds {holds} already; name a new folder with --model')
+    if model.exists() and any(model.iterdir()) and not _is_of(model, run):
+        raise DataError(f'{model} holds {holds} already; name a new folder with --model')
 
 
 def _save(net, model):
@@ -307,6 +311,7 @@ def _save(net, model):
     part.replace(model)
 
 _paths, _elsewhere = ('data_path', 'label_path', 'label_encoding', 'model', 'stats'), ('run', 'folders', 'as_json')
+_newer = 'balance', 'label_smoothing', 'mixup', 'cutmix', 'ema', 'early_stopping', 'restore_best'       # older runs do not know them
 
 
 def _kept(params):
@@ -324,8 +329,9 @@ def _near(path):
 def _read_args(run):
     from resnet_fastai.engine.files import DataError, read_json_object
     if not (run/'args.json').exists(): raise DataError(f'{run} holds no run: it has no args.json; name the folder that `train` told of')
-    args, known = dict(balance=None) | read_json_object(run/'args.json'), {*signature(_train).parameters} - {'ctx', *_elsewhere}
-    if odd := known ^ {*args}: raise DataError(f"{run/'args.json'} is not as `train` wrote it: {', '.join(sorted(odd))}")
+    known = {k: p.default for k,p in signature(_train).parameters.items() if k not in ('ctx', *_elsewhere)}
+    args = {k: known[k] for k in _newer} | read_json_object(run/'args.json')
+    if odd := {*known} ^ {*args}: raise DataError(f"{run/'args.json'} is not as `train` wrote it: {', '.join(sorted(odd))}")
     return args
 
 
@@ -340,7 +346,8 @@ def _ready(args, run):
     "The `ResNet` that a run's arguments describe"
     from resnet_fastai.augment import ColorStats
     from resnet_fastai.core import ResNet
-    args = {k: v for k,v in args.items() if v is not None and k not in ('model', 'epochs') and (k, v) not in (('schedule', 'plateau'), ('schedule', 'fine_tune'))}
+    apart = ('schedule', 'plateau'), ('schedule', 'fine_tune')
+    args = {k: v for k,v in args.items() if v is not None and k not in ('model', 'epochs', 'restore_best') and (k, v) not in apart}
     if 'stats' in args: args['stats'] = ColorStats.load(args['stats'])
     return ResNet(**args, run_folder=run)
 
@@ -350,7 +357,7 @@ def _fit(net, args, run, answer):
     go_on, model = f'resnet-fastai resume {shlex.quote(str(run))}', Path(args['model'])
     print(f'the run is kept in {plain(run)}; if it stops, go on with: {plain(go_on)}')
     tuned = (args.get('schedule') or ('fine_tune' if args.get('weights') else 'plateau')) == 'fine_tune'
-    with stoppable(net.learn, go_on): (net.fine_tune if tuned else net.fit)(args['epochs'], resume=True)
+    with stoppable(net.learn, go_on): (net.fine_tune if tuned else net.fit)(args['epochs'], resume=True, restore_best=args['restore_best'])
     with stoppable(net.learn, go_on): _save(net, model)
     said, obj = f'saved in {plain(_near(model))} after {len(net.history)} epochs', dict(model=model, run=run, history=records(net.history))
     if not args.get('balance'): return answer(obj, said)
@@ -359,7 +366,8 @@ def _fit(net, args, run, answer):
 
 def _class_shown(row):
     "A row of what `--balance` did, as people read it"
-    return row | {k: f'{row[k]:{how}}' for k,how in dict(share='.1%', turns='.2f', weight='.2f', error='.1%').items() if row.get(k) is not None}
+    return row | {k: f'{row[k]:{how}}' for k,how in dict(share='.1%', turns='.2f', weight='.2f', error='.1%').items()
+                  if row.get(k) is not None}
 
 OnBad = Enum('OnBad', dict(error='error', skip='skip'), type=str)
 Precision = Enum('Precision', dict(fp32='fp32', bf16='bf16', fp16='fp16'), type=str)
@@ -375,27 +383,47 @@ def _train(
     label_path: Annotated[Optional[Path], typer.Argument(help='JSON {image id: label}')] = None,
     label_encoding: Annotated[Optional[Path], typer.Argument(help='JSON {label: index}')] = None,
     run: Annotated[Optional[Path], typer.Option(help='A new folder for checkpoints; without it MODEL-run')] = None,
-    folders: Annotated[bool, typer.Option('--folders', help='The photos lie in train/CLASS/ and val/CLASS/, or in CLASS/ alone, and a fifth is drawn for validation; no label files')] = False,
+    folders: Annotated[bool, typer.Option('--folders', help='The photos lie in train/CLASS/ and val/CLASS/, or in CLASS/ alone, and a '
+                                                            'fifth is drawn for validation; no label files')] = False,
     epochs: Annotated[int, typer.Option(min=1, help='Passes over the training photos')] = 5,
-    weights: Annotated[Optional[str], typer.Option(help="What to start from: imagenet, a Hugging Face name like timm/resnet50.a1_in1k, a file, a saved model's folder; "
+    weights: Annotated[Optional[str], typer.Option(help="What to start from: imagenet, a Hugging Face name like timm/resnet50.a1_in1k, a "
+                                                        "file, a saved model's folder; "
                                                         'without it drawn anew')] = None,
-    arch: Annotated[Optional[str], typer.Option(help='The network: resnet18 to resnet152, plain34, cifar_resnet20 …; without it that of the weights, or resnet50')] = None,
-    n_out: Annotated[Optional[int], typer.Option(min=1, help="Outputs of the network, more than the largest index; without it ImageNet's 1000, or with --weights as few as will do")] = None,
+    arch: Annotated[Optional[str], typer.Option(help='The network: resnet18 to resnet152, plain34, cifar_resnet20 …; without it that of '
+                                                     'the weights, or resnet50')] = None,
+    n_out: Annotated[Optional[int], typer.Option(min=1, help="Outputs of the network, more than the largest index; without it ImageNet's "
+                                                             "1000, or with --weights as few as will do")] = None,
     size: Annotated[Optional[int], typer.Option(min=1, help='Side of the crop, pixels; without it that of the weights, or 224')] = None,
-    augment: Annotated[Augment, typer.Option(help="Crops: the paper's, or wide ones that see most of the photo, where the object fills it")] = 'paper',
+    augment: Annotated[Augment, typer.Option(help="Crops: the paper's, or wide ones that see most of the photo, where the "
+                                                  'object fills it')] = 'paper',
     bs: Annotated[Optional[int], typer.Option(min=1, help='Photos in an update; without it 256, or 32 with --weights')] = None,
     micro_bs: Annotated[int, typer.Option(min=1, help='Photos that go through the network at a time; fewer need less memory')] = 32,
-    lr: Annotated[Optional[float], typer.Option(min=0, help='Initial rate; without it .1 at 256 photos in an update, and in proportion')] = None,
-    schedule: Annotated[Optional[Schedule], typer.Option(help='How the rate moves: plateau, one_cycle, or fine_tune: an epoch of the head alone, then --epochs of all layers; '
+    lr: Annotated[Optional[float], typer.Option(min=0, help='Initial rate; without it .1 at 256 photos in an update, and in '
+                                                               'proportion')] = None,
+    schedule: Annotated[Optional[Schedule], typer.Option(help='How the rate moves: plateau, one_cycle, or fine_tune: an epoch of the head '
+                                                              'alone, then --epochs of all layers; '
                                                               'without it fine_tune with --weights, plateau otherwise')] = None,
     patience: Annotated[int, typer.Option(min=0, help='Epochs without a better validation loss before the rate falls')] = 3,
-    precision: Annotated[Optional[Precision], typer.Option(help='Of the convolutions; without it bf16 where the hardware computes in it, fp32 elsewhere')] = None,
+    precision: Annotated[Optional[Precision], typer.Option(help='Of the convolutions; without it bf16 where the hardware computes in it, '
+                                                                'fp32 elsewhere')] = None,
     seed: Annotated[int, typer.Option(help='Fixes every draw')] = 42,
     stats: Annotated[Optional[Path], typer.Option(help="Colours, from `stats --save`; without it the training set's")] = None,
     on_bad: Annotated[OnBad, typer.Option(help='What to do about photos that cannot be read or have no label')] = 'error',
-    balance: Annotated[Optional[Balance], typer.Option(help='Small classes count as much as large ones: by as many photos of each in an epoch (sampler), or by weights in the loss; '
+    balance: Annotated[Optional[Balance], typer.Option(help='Small classes count as much as large ones: by as many photos of each in an '
+                                                            'epoch (sampler), or by weights in the loss; '
                                                              'without it each photo counts')] = None,
-    num_workers: Annotated[Optional[int], typer.Option(min=0, help='Processes that load photos; without it as the machine has cores')] = None,
+    label_smoothing: Annotated[Optional[float], typer.Option(min=0,
+                                                             help='Share of each target that is spread over all labels, such as .1')] = None,
+    mixup: Annotated[Optional[float], typer.Option(min=0, help='Blend photos, with this alpha, such as .4')] = None,
+    cutmix: Annotated[Optional[float], typer.Option(min=0, help='Cover parts of photos by others, with this alpha, such as 1')] = None,
+    ema: Annotated[Optional[float], typer.Option(min=0, help='Average the weights with this decay, such as .999; the average is validated '
+                                                             'and saved')] = None,
+    early_stopping: Annotated[Optional[int], typer.Option(min=1, help='Epochs without a better validation loss after which the training '
+                                                                      'ends')] = None,
+    restore_best: Annotated[bool, typer.Option('--restore-best', help='Save the weights of the epoch with the smallest validation loss, '
+                                                                      'not the last ones')] = False,
+    num_workers: Annotated[Optional[int], typer.Option(min=0,
+                                                       help='Processes that load photos; without it as the machine has cores')] = None,
     every: Annotated[Optional[int], typer.Option(min=1, help='A checkpoint after so many updates too, not only after each epoch')] = None,
     keep: Annotated[int, typer.Option(min=1, help='So many of the newest checkpoints stay, and the best')] = 2,
     as_json: Json = False,
@@ -418,7 +446,8 @@ def _begin(args, run, model, folders):
     _alone()
     _refuse_taken(model, run)
     if (run/'args.json').exists():
-        raise DataError(f'{run} holds a run already; go on with: resnet-fastai resume {shlex.quote(str(run))}, or name a new folder with --run')
+        raise DataError(f'{run} holds a run already; go on with: resnet-fastai resume {shlex.quote(str(run))}, or name a new folder with '
+                        '--run')
     if run.exists() and (not run.is_dir() or any(run.iterdir())): raise DataError(f'{run} is no empty folder; name a new one with --run')
     try:
         if folders: args.update(_kept(from_folders(args['data_path'], run/'data')._asdict()))
@@ -461,8 +490,10 @@ def _pack(
     data_path: Annotated[str, typer.Argument(help='Folder with train/ and val/, or of any photos')],
     dest: Annotated[Path, typer.Argument(help='A new folder, or one that an earlier call has begun')],
     shard_mb: Annotated[int, typer.Option(min=1, help='MiB of a tar file at the most')] = 256,
-    short_side: Annotated[Optional[int], typer.Option(min=1, help='Resize larger photos to this short side, pixels; without it they stay as they are')] = None,
-    label_path: Annotated[Optional[Path], typer.Option('--labels', help='JSON {image id: label}, for .cls files that other programs read')] = None,
+    short_side: Annotated[Optional[int], typer.Option(min=1, help='Resize larger photos to this short side, pixels; without it they stay '
+                                                                  'as they are')] = None,
+    label_path: Annotated[Optional[Path], typer.Option('--labels',
+                                                       help='JSON {image id: label}, for .cls files that other programs read')] = None,
     label_encoding: Annotated[Optional[Path], typer.Option('--encoding', help='JSON {label: index}')] = None,
     as_json: Json = False,
 ):
@@ -474,7 +505,8 @@ def _pack(
         from resnet_fastai.practice.shards import pack_photos
         pack_photos(data_path, dest, shard_mb, short_side, label_path=label_path, label_encoding=label_encoding)
         found = Shards(dest)
-        answer(dict(folder=dest, photos=len(found), shards=len(found.header['shards'])), f'{found!r}; check a copy with: sha256sum -c SHA256SUMS')
+        answer(dict(folder=dest, photos=len(found), shards=len(found.header['shards'])),
+               f'{found!r}; check a copy with: sha256sum -c SHA256SUMS')
 
 
 Split = Enum('Split', dict(train='train', val='val', test='test'), type=str)
@@ -496,7 +528,8 @@ def _evaluate(
     data_path: Data, label_path: Labels = None,
     folders: ByFolders = False,
     split: Annotated[Split, typer.Option(help='Which photos')] = 'test',
-    protocol: Annotated[Optional[list[Protocol]], typer.Option(help="What the network sees of a photo; may be given several times; without it the model's own, 50 crops unless "
+    protocol: Annotated[Optional[list[Protocol]], typer.Option(help="What the network sees of a photo; may be given several times; "
+                                                                    "without it the model's own, 50 crops unless "
                                                                     'it was chosen')] = None,
     per_class: Annotated[bool, typer.Option('--per-class', help='A row a class')] = False,
     as_json: Json = False,
@@ -525,7 +558,8 @@ def _answers(net, photos, n, to, min_prob=None):
         return [dict(photo=files[0], error=None, labels=_named(sum(best, ()))) | ({} if least is None else dict(sure=best[0][1] >= least))]
     rows = records(predict_folder(net, photos[0] if len(photos) == 1 and photos[0].is_dir() and to else files, to, n, min_prob=min_prob))
     best = lambda r: [] if r['error'] else _named([v for k,v in r.items() if k.startswith(('label_', 'prob_'))])
-    return [dict(photo=r['id'], error=r['error'] or None, labels=best(r)) | (dict(sure=r['sure'] == 'yes') if r.get('sure') else {}) for r in rows]
+    return [dict(photo=r['id'], error=r['error'] or None, labels=best(r)) | (dict(sure=r['sure'] == 'yes') if r.get('sure') else {})
+            for r in rows]
 
 
 def _unless_many(code):
@@ -540,8 +574,10 @@ def _predict(
     model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
     photos: Annotated[list[Path], typer.Argument(help='Photos, or folders of photos')],
     n: Annotated[int, typer.Option('--n', '-n', min=1, help='How many labels for each photo')] = 1,
-    to: Annotated[Optional[Path], typer.Option('--csv', help='A file for the answers: id, label_1, prob_1, …, error; begun, or gone on with')] = None,
-    min_prob: Annotated[Optional[float], typer.Option(min=0, max=1, help='A first label that is less probable is marked "not sure"; without it as `calibrate --precision` has found')] = None,
+    to: Annotated[Optional[Path], typer.Option('--csv', help='A file for the answers: id, label_1, prob_1, …, error; begun, or gone on '
+                                                             'with')] = None,
+    min_prob: Annotated[Optional[float], typer.Option(min=0, max=1, help='A first label that is less probable is marked "not sure"; '
+                                                                         'without it as `calibrate --precision` has found')] = None,
     as_json: Json = False,
 ):
     """Name what is on photos: a line a label, its probability first: the mean over 50 crops, or the protocol that the model has chosen.
@@ -553,18 +589,26 @@ def _predict(
         found = _answers(net, photos, min(n, len(net.labels)), to, min_prob)
         bad, wide = [f['error'] for f in found if f['error']], max(len(plain(f['photo'])) for f in found)
         for error in bad: print(f'error: {plain(error)}')
-        lines = [(f"{plain(f['photo']):<{wide}}  " if len(found) > 1 else '') + f"{o['prob']:.4f}  {plain(o['label'])}" + '  (not sure)'*(not i and f.get('sure') is False)
+        name = lambda f: f"{plain(f['photo']):<{wide}}  " if len(found) > 1 else ''
+        lines = [name(f) + f"{o['prob']:.4f}  {plain(o['label'])}" + '  (not sure)'*(not i and f.get('sure') is False)
                  for f in found for i,o in enumerate(f['labels'])]
         if to: lines = [f'{len(found):,} photos in {plain(to)}, {len(bad):,} of which cannot be read']
         if lines or as_json: answer(found, '\n'.join(lines))
         if bad: raise typer.Exit(1 if len(bad) == len(found) else _unless_many(3))
+
+def _protocol_shown(row):
+    "A row of `choose` as people read it"
+    return dict(protocol=row.protocol, photos=row.photos, **{'top-1 error': f'{row.top1_error:.2%}',
+                '95 %': f'{row.top1_low:.1%} to {row.top1_high:.1%}', 'log loss': f'{row.log_loss:.4f}', 'crops': row.crops})
+
 
 @app.command('choose', short_help='which crops to predict with, by the validation photos')
 def _choose(
     model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
     data_path: Data, label_path: Labels = None,
     folders: ByFolders = False,
-    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with the best of them; without it they are only shown')] = None,
+    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with the best of them; without it they are '
+                                                    'only shown')] = None,
     as_json: Json = False,
 ):
     """Compare 1, 10 and 50 crops and the dense way, at the paper's scales and at those of the training, on the validation photos.
@@ -575,9 +619,14 @@ def _choose(
         net = ResNet.load(model)
         rows = net.choose_protocol(data_path=photos, label_path=labels)
         if to: net.save(to)
-        shown = [dict(protocol=r.protocol, photos=r.photos, **{'top-1 error': f'{r.top1_error:.2%}', '95 %': f'{r.top1_low:.1%} to {r.top1_high:.1%}',
-                 'log loss': f'{r.log_loss:.4f}', 'crops': r.crops}) for r in rows.itertuples()]
-        answer(dict(protocols=records(rows), model=to), table(shown) + f'\nsaved in {plain(_near(to))}'*bool(to))
+        shown = table([_protocol_shown(r) for r in rows.itertuples()])
+        answer(dict(protocols=records(rows), model=to), shown + f'\nsaved in {plain(_near(to))}'*bool(to))
+
+
+def _calibration_shown(row):
+    "A row of `calibrate` as people read it"
+    return dict(when=row.when, temperature=f'{row.temperature:.3f}', **{'log loss': f'{row.log_loss:.4f}', 'ECE': f'{row.ece:.1%}',
+                'mean confidence': f'{row.confidence:.1%}', 'right': f'{1 - row.top1_error:.1%}'})
 
 
 @app.command('calibrate', short_help='probabilities that mean what they say, and "not sure"')
@@ -586,8 +635,10 @@ def _calibrate(
     data_path: Data, label_path: Labels = None,
     folders: ByFolders = False,
     split: Annotated[Split, typer.Option(help='Photos that training has not learned from')] = 'val',
-    precision: Annotated[Optional[float], typer.Option(min=0, max=1, help='Find the probability below which an answer is "not sure", so that this share of the answers is right, such as .95')] = None,
-    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with this temperature and threshold; without it they are only shown')] = None,
+    precision: Annotated[Optional[float], typer.Option(min=0, max=1, help='Find the probability below which an answer is "not sure", so '
+                                                                          'that this share of the answers is right, such as .95')] = None,
+    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with this temperature and threshold; without it they are '
+                                                    'only shown')] = None,
     as_json: Json = False,
 ):
     """Fit a temperature to photos with labels, and find the threshold for "not sure".
@@ -600,11 +651,10 @@ def _calibrate(
         rows = net.calibrate(**where).reset_index(names='when')
         least = None if precision is None else net.threshold(precision, **where).to_dict()
         if to: net.save(to)
-        shown = [dict(when=r.when, temperature=f'{r.temperature:.3f}', **{'log loss': f'{r.log_loss:.4f}', 'ECE': f'{r.ece:.1%}', 'mean confidence': f'{r.confidence:.1%}',
-                 'right': f'{1 - r.top1_error:.1%}'}) for r in rows.itertuples()]
-        lines = [table(shown)]
-        if least: lines.append('not sure below {min_prob:.4f}: {coverage:.1%} of {photos:,.0f} photos get an answer, {precision:.1%} of these are right '
-                               '(95 % interval {precision_low:.1%} to {precision_high:.1%})'.format(**least))
+        lines = [table([_calibration_shown(r) for r in rows.itertuples()])]
+        if least:
+            lines.append('not sure below {min_prob:.4f}: {coverage:.1%} of {photos:,.0f} photos get an answer, '
+                         '{precision:.1%} of these are right (95 % interval {precision_low:.1%} to {precision_high:.1%})'.format(**least))
         if to: lines.append(f'saved in {plain(_near(to))}')
         answer(dict(calibration=records(rows), threshold=least, model=to), '\n'.join(lines))
 
@@ -633,7 +683,8 @@ def _export(
 def _app(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model, or hf:USER/NAME of Hugging Face's hub")],
     port: Annotated[Optional[int], typer.Option(min=0, max=65535, help='Without it 7860, or the next that is free')] = None,
-    host: Annotated[str, typer.Option(help='Who can reach the page: 127.0.0.1 this computer, 0.0.0.0 every machine of the network')] = '127.0.0.1',
+    host: Annotated[str, typer.Option(help='Who can reach the page: 127.0.0.1 this computer, 0.0.0.0 every machine of the '
+                                            'network')] = '127.0.0.1',
     examples: Annotated[Optional[Path], typer.Option(help='A folder of photos to begin with')] = None,
     min_prob: Annotated[Optional[float], typer.Option(min=0, max=1, help='Below this probability the page is "not sure"; without it as '
                                                                          '`calibrate --precision` has found')] = None,
@@ -641,8 +692,8 @@ def _app(
     max_mb: Annotated[int, typer.Option(min=1, help='Size of a photo, MB')] = 20,
     as_json: Json = False,
 ):
-    """Show a saved model as a page: drop photos, see their labels, the crops that voted and where the evidence lies. Needs resnet_fastai[app].
-    Nothing is sent to anybody else; Ctrl-C ends the page.
+    """Show a saved model as a page: drop photos, see their labels, the crops that voted and where the evidence lies.
+    Needs resnet_fastai[app]. Nothing is sent to anybody else; Ctrl-C ends the page.
 
     Example: resnet-fastai app flowers"""
     with answering(as_json) as answer:

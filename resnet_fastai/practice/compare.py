@@ -27,7 +27,8 @@ def _named(runs):
     "{name: model} of a dict, or of a list of models and folders"
     if isinstance(runs, dict): named = dict(runs)
     else: named = {Path(r).name if isinstance(r, (str, Path)) else f'run {i}': r for i,r in enumerate(runs, 1)}
-    if len(named) < 2 or len(named) < len(runs): raise DataError("pass two runs or more, each under a name of its own: {'first': …, 'second': …}")
+    if len(named) < 2 or len(named) < len(runs):
+        raise DataError("pass two runs or more, each under a name of its own: {'first': …, 'second': …}")
     return {name: load_model(r) if isinstance(r, (str, Path)) else r for name,r in named.items()}
 
 
@@ -43,7 +44,7 @@ def compare(
     split:str='test', # Whose photos: 'test' for a report, 'val' while choosing
     data_path=None, # For saved models: photos with such a folder
     label_path=None, # Their labels
-) -> pd.DataFrame: # A row a run: photos, top1_error with its 95 % interval, only_here and only_first (photos that one of the two gets right), p_value, epochs, seconds
+) -> pd.DataFrame: # A row a run: photos, top1_error, its interval, only_here and only_first (photos that only one gets right), p_value, …
     "The errors of several runs on the same photos; each is tested against the first (McNemar, exact)"
     named = _named(runs)
     said = {name: answers(m, split, data_path, label_path) for name,m in named.items()}
@@ -58,14 +59,16 @@ def compare(
 def _right(said, name, names, split):
     "(n,) bool in the order of `names`: is the first label right?"
     place = {photo: i for i,photo in enumerate(_photos(said, split))}
-    if {*place} != {*names}: raise DataError(f"{name} was measured on other photos than the first run; pass data_path and label_path of photos for all of them")
+    if {*place} != {*names}:
+        raise DataError(f"{name} was measured on other photos than the first run; pass data_path and label_path of photos for all of them")
     return said.first()[1][[place[n] for n in names]]
 
 
 def _row(right, first):
     wrong, n = int((~right).sum()), len(right)
     low, high = wilson(wrong, n)
-    return dict(photos=n, top1_error=wrong/n, top1_low=low, top1_high=high, only_here=int((right & ~first).sum()), only_first=int((first & ~right).sum()),
+    return dict(photos=n, top1_error=wrong/n, top1_low=low, top1_high=high, only_here=int((right & ~first).sum()),
+                only_first=int((first & ~right).sum()),
                 p_value=mcnemar(right, first))
 
 
@@ -88,9 +91,12 @@ def show_runs(
     fig, axs = plt.subplots(1, len(columns), figsize=(4*len(columns), 3.2), squeeze=False, layout='constrained')
     for ax,column in zip(axs[0], columns):
         drawn = {name: h for name,h in named.items() if column in h}
-        if not drawn: raise DataError(f"no run has a column {column!r:.80}; there is {', '.join(dict.fromkeys(c for h in named.values() for c in h))}")
+        if not drawn:
+            raise DataError(f"no run has a column {column!r:.80}; there is "
+                            f"{', '.join(dict.fromkeys(c for h in named.values() for c in h))}")
         for i,(name,h) in enumerate(drawn.items()):
-            ax.plot(h.epoch, h[column], color=_colors[i % len(_colors)], ls=('-', '--', ':')[i//len(_colors) % 3], marker='o', ms=3, label=name)
+            ax.plot(h.epoch, h[column], color=_colors[i % len(_colors)], ls=('-', '--', ':')[i//len(_colors) % 3], marker='o', ms=3,
+                    label=name)
         best = min(drawn, key=lambda name: drawn[name][column].min())
         ax.set(xlabel='epoch', ylabel=column.replace('_', ' '))
         ax.set_title(f"Lowest {column.replace('_', ' ')}: {drawn[best][column].min():.3g}, {best}", fontsize=10)

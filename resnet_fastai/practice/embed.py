@@ -21,7 +21,8 @@ from .look import require_trained
 
 def _without_head(net):
     "A copy that gives what the last layer reads"
-    if not isinstance(getattr(body := _copy(_bare(net)), 'fc', None), nn.Linear): raise DataError("this network has no head `fc` that reads features")
+    if not isinstance(getattr(body := _copy(_bare(net)), 'fc', None), nn.Linear):
+        raise DataError("this network has no head `fc` that reads features")
     body.fc = nn.Identity()
     return body
 
@@ -37,7 +38,8 @@ def embed(
     "The features that the head reads, averaged over a photo's crops"
     require_trained(model)
     parts, (photos, one), weights = model_parts(model), photo_inputs(photos), deque()
-    if split_protocol(protocol, size := parts.size)[0] == 'dense': raise DataError("features are those of crops; name '1crop', '10crop' or '50crop'")
+    if split_protocol(protocol, size := parts.size)[0] == 'dense':
+        raise DataError("features are those of crops; name '1crop', '10crop' or '50crop'")
     ask, _ = make_predictor(_without_head(parts.net), parts.stats, size, False, precision)
     def load(photo):
         boxes, weight = unique_crops([protocol_boxes(protocol, *(img := open_photo(photo)).size, size)])

@@ -76,7 +76,8 @@ def _read(path: Path) -> list:
     except DataError: raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ElementTree.ParseError) as e:
         raise DataError(f"{path} is not a whole export: {type(e).__name__}: {str(e)[:80]}") from None
-    raise DataError(f"{path} is no export that is known: COCO or Label Studio (.json), CVAT for images (.xml), a column for each class (.csv)")
+    raise DataError(f"{path} is no export that is known: COCO or Label Studio (.json), CVAT for images (.xml), a column for each class "
+                    "(.csv)")
 
 
 # ── Where its files are ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -92,7 +93,8 @@ def _sources(src: Path) -> list:
              for f in _files if (p/f).is_file()]                                                     # Roboflow's
     if found: return found
     files = [p for p in sorted(src.iterdir()) if p.suffix.lower() in ('.json', '.xml', '.csv') and p.is_file()]
-    if len(files) != 1: raise DataError(f"{src} has {some(p.name for p in files) or 'no file'} of .json, .xml or .csv; name the file of the labels")
+    if len(files) != 1:
+        raise DataError(f"{src} has {some(p.name for p in files) or 'no file'} of .json, .xml or .csv; name the file of the labels")
     return [(files[0], src, None)]
 
 
@@ -108,7 +110,8 @@ def _rows(path, folder, split) -> Iterator[Row]:
     finder = PhotoFinder(folder)
     for name, classes in _read(path):
         found = finder.exact(str(name)) or finder.tail(str(name)) or finder.tail(re.sub(r'(^|/)[0-9a-f]{8}-([^/]+)$', r'\1\2', str(name)))
-        if found is None: raise DataError(f"{path} names {str(name)[:80]!r}, which is not in {folder}; name the folder of the photos with folder=")
+        if found is None:
+            raise DataError(f"{path} names {str(name)[:80]!r}, which is not in {folder}; name the folder of the photos with folder=")
         yield Row(found.relative_to(folder).as_posix(), found, _one_class(name, classes, path), split or 'train')
 
 
@@ -140,7 +143,8 @@ def from_export(
     rows = _once([r for r in rows if r.label or r.split == 'test'], src)
     if not rows: raise DataError(f"{src} labels no photo")
     ready, heap = any(r.split == 'val' for r in rows), any(o not in (None, 0) for o in (val, test, group, folds))
-    if ready and heap: raise DataError(f"{src} has validation photos of its own, so that nothing is drawn; leave out val=, test=, group= and folds=")
+    if ready and heap:
+        raise DataError(f"{src} has validation photos of its own, so that nothing is drawn; leave out val=, test=, group= and folds=")
     if not heap: return lay_out(rows if ready else draw_splits(rows, src, valid_pct, seed), src, dest)
     keys = None if group is None else name_keys([r.name for r in rows], group, src)
     return lay_out_heap(rows, src, dest, .2 if val is None else val, test, seed, keys, folds)

@@ -7,7 +7,7 @@ _licences = {'apache-2.0', 'mit', 'bsd-2-clause', 'bsd-3-clause', 'cc0-1.0', 'cc
 
 
 def _origin(training):
-    "What is known about the weights that a training began with: a repository of Hugging Face's, and the licence of weights that were only taken over"
+    "What is known about the weights that a training began with: their repository, and the licence where they were only taken over"
     w = training.get('weights') or {}
     repo = re.search(r'Hugging Face ([\w.-]+/[\w.-]+), revision', w.get('origin', ''))
     licence = str(w.get('licence', '')).lower()
@@ -35,5 +35,6 @@ def front_matter(
     about = dict(library_name='resnet_fastai', pipeline_tag='image-classification',
                  tags=['image-classification', 'resnet', 'pytorch', 'fastai', 'arxiv:1512.03385'], **dict(_origin(config['training'])))
     if results := list(_results(config)):
-        about |= {'metrics': ['accuracy'], 'model-index': [dict(name=f"{config['arch']}, {len(config['encoding'])} labels", results=results)]}
+        about |= {'metrics': ['accuracy'], 'model-index': [dict(name=f"{config['arch']}, {len(config['encoding'])} labels",
+                                                                results=results)]}
     return f'---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---\n'

@@ -105,7 +105,8 @@ def show_prediction(
 
 def _draw_crop(ax, crop, label, p, agrees):
     "A crop in a frame, with what it says"
-    thumb = F.interpolate(crop[None].float(), (42, 42), mode='bilinear', antialias=True)[0].byte() & 0xF0 | 8     # few colours: a small file
+    # few colours: a small file
+    thumb = F.interpolate(crop[None].float(), (42, 42), mode='bilinear', antialias=True)[0].byte() & 0xF0 | 8
     ax.imshow(thumb.permute(1, 2, 0).numpy(), interpolation='nearest'); ax.set_xticks([]); ax.set_yticks([])
     color = _blue if agrees else _orange
     ax.set_title(f'{_say(label, 10)}\n{p:.0%}', fontsize=6.5, color=color, pad=2, linespacing=1.05)
@@ -248,7 +249,8 @@ def interpretation(
     require_trained(model)
     one_of('split', split, splits)
     parts = model_parts(model)
-    if parts.dls is None: raise DataError("a loaded model has no photos; its errors elsewhere are what evaluate(data_path=…, label_path=…) tells")
+    if parts.dls is None:
+        raise DataError("a loaded model has no photos; its errors elsewhere are what evaluate(data_path=…, label_path=…) tells")
     photos,_ = labelled_split(parts, split)
     learn = model if isinstance(model, Learner) else model.learn
     return PhotoInterpretation.from_learner(learn, dl=learn.dls.test_dl(photos, with_labels=True))

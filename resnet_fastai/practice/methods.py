@@ -74,7 +74,7 @@ class Practice:
         precision:float=.95, # Share of the answers that has to be right, 0 to 1
         **kwargs
     ) -> pd.Series: # min_prob, precision with its 95 % interval, coverage (share of photos that are answered) with its own, photos
-        "Find the probability below which it should say \"not sure\"; predictions follow, also in a saved model; `min_prob = None` undoes it"
+        "Find the probability below which it says \"not sure\"; predictions follow, also in a saved model; `min_prob = None` undoes it"
         return trusting.threshold(self, precision, **kwargs)
 
     @delegates(trusting.show_calibration)

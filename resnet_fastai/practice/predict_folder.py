@@ -65,7 +65,8 @@ class ResumableCSV:
 
     def _append(self, block):
         then = block.decode('utf-8', 'surrogateescape')
-        write_json(self.beside, dict(what=self.what, bytes=self.length, sum=self.sum, then=then))      # first: a kill leaves nothing that nobody knows
+        # first: a kill leaves nothing that nobody knows
+        write_json(self.beside, dict(what=self.what, bytes=self.length, sum=self.sum, then=then))
         self._write(block, block)
 
     def _write(self, rest, block):
@@ -75,8 +76,10 @@ class ResumableCSV:
     def _go_on(self):
         try:
             kept = json.loads(self.beside.read_text(encoding='utf-8'))
-            was, self.length, self.sum, then = kept['what'], int(kept['bytes']), kept['sum'], kept['then'].encode('utf-8', 'surrogateescape')
-        except (ValueError, KeyError, TypeError, AttributeError): raise DataError(f"{self.beside} is damaged; move it and {self.dest} away") from None
+            was, self.length, self.sum = kept['what'], int(kept['bytes']), kept['sum']
+            then = kept['then'].encode('utf-8', 'surrogateescape')
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{self.beside} is damaged; move it and {self.dest} away") from None
         if other := [k for k in self.what if was.get(k) != self.what[k]]:
             raise DataError(f"{self.dest} was begun with another {' and another '.join(other)}; name another file, or move it away")
         begun = self._last(len(then))
@@ -133,7 +136,8 @@ def _write_parquet(rows, dest, n, min_prob=None, block=10_000):
     "A Parquet file of a CSV file, some rows at a time"
     import pyarrow as pa, pyarrow.parquet as pq
     schema = pa.schema([(c, pa.float32() if c.startswith('prob_') else pa.string()) for c in _columns(n, min_prob)])
-    with atomic_write(dest) as part, pq.ParquetWriter(part, schema) as out, open(rows, encoding='utf-8', errors='backslashreplace', newline='') as f:
+    with atomic_write(dest) as part, pq.ParquetWriter(part, schema) as out, \
+            open(rows, encoding='utf-8', errors='backslashreplace', newline='') as f:
         reader, _ = (r := csv.reader(f)), next(r)
         while some := [[*map(_as_it_was, row)] for _,row in zip(range(block), reader)]:
             out.write_table(pa.Table.from_pandas(_table(some, n, min_prob), schema, preserve_index=False))
@@ -171,28 +175,38 @@ def predict_folder(
     num_workers:int|None=None, # Threads that decode photos; None: one a core
     bs:int|None=None, # Crops that go through the network at a time; None: as many as suit the hardware
     min_prob:float|None=None, # A first label that is less probable is not sure; None: as the model's `threshold` has found
-) -> pd.DataFrame: # id, label_1, prob_1, …, sure ('yes' or 'no', where there is a threshold), error: why a photo cannot be read, '' for the others
+) -> pd.DataFrame: # id, label_1, prob_1, …, sure ('yes' or 'no', with a threshold), error: why a photo cannot be read, or ''
     """The likeliest labels of every photo; called again with the same `dest`, it goes on where it was (a row with an error stays, too).
     Several processes share the photos, and what one that died has found is kept in DEST.parts"""
     parts = model_parts(model)
     protocol = protocol or parts.protocol
     split_protocol(protocol, parts.size)                                       # or its error
-    known = len(parts.labels)
-    if n is None: n = min(5, known)
-    if type(n) is not int or not 1 <= n <= known:
-        raise DataError(f"n is {n!r}; this model knows {known} labels, so it must be from 1 to {known}")
-    untrained = isinstance(history := getattr(model, 'history', None), pd.DataFrame) and history.empty
-    if untrained and 'origin' not in getattr(getattr(model, 'trained', None), 'training', {}):
-        raise DataError("this model has not been trained; call fit() first, or load a saved model")
+    n = _how_many(n, len(parts.labels))
+    _refuse_untrained(model)
     min_prob = parts.min_prob if min_prob is None else check_min_prob(min_prob)
     photos,name,folder = _named_photos(photos)
     shown,how = (n, min_prob),(protocol, precision, num_workers, bs)
     open_rows = lambda: _open_rows(dest, n, _origin(parts, n, protocol, folder, min_prob), min_prob) if dest is not None else None
-    if num_distrib() > 1 or dest is not None and Path(f'{dest}.parts').exists(): return _predict_together(parts, photos, name, shown, how, dest, open_rows)
+    if num_distrib() > 1 or dest is not None and Path(f'{dest}.parts').exists():
+        return _predict_together(parts, photos, name, shown, how, dest, open_rows)
     rows = open_rows()
     todo = _left(photos, name, rows.ids() if rows else Counter())
     some = _work(parts, photos, todo, name, shown, how, rows) if todo else []
     return _table(some, *shown) if rows is None else _finished(rows, dest, *shown)
+
+
+def _how_many(n, known):
+    "Labels for each photo"
+    if n is None: return min(5, known)
+    if type(n) is not int or not 1 <= n <= known:
+        raise DataError(f"n is {n!r}; this model knows {known} labels, so it must be from 1 to {known}")
+    return n
+
+
+def _refuse_untrained(model):
+    untrained = isinstance(history := getattr(model, 'history', None), pd.DataFrame) and history.empty
+    if untrained and 'origin' not in getattr(getattr(model, 'trained', None), 'training', {}):
+        raise DataError("this model has not been trained; call fit() first, or load a saved model")
 
 
 def _finished(rows, dest, n, min_prob):
@@ -212,7 +226,8 @@ def _predict_together(parts, photos, name, shown, how, dest, open_rows, block=10
         for k in range(0, len(todo), block): rows.add([[name(photos[i]), *row] for i,row in zip(todo[k:k+block], found[k:k+block])])
     todo = on_rank0(begin)
     of = parts.net, parts.stats, parts.size, parts.labels.encoding, parts.temperature, *shown, *how[:2]
-    found = shared_out(lambda some: map(tuple, _told(parts, some, how, shown)), photos, of, todo, dest and Path(f'{dest}.parts'), dest and write)
+    ask = lambda some: map(tuple, _told(parts, some, how, shown))
+    found = shared_out(ask, photos, of, todo, dest and Path(f'{dest}.parts'), dest and write)
     if dest is None: return _table([[name(photos[i]), *row] for i,row in zip(todo, found)], *shown)
     return on_rank0(lambda: _finished(rows, dest, *shown))
 
@@ -258,7 +273,8 @@ def _work(parts, photos, todo, name, shown, how, rows, block=200, seconds=20):
         for k,(row,i) in enumerate(zip(bar, todo), 1):                          # the bar first: it is to see its end
             some.append([name(photos[i]), *row])
             bar.comment = f'{k/(time.perf_counter() - start):.1f} photos/s'
-            if rows and (len(some) >= block or time.perf_counter() - saved > seconds): some, full, saved = [], some, time.perf_counter(); rows.add(full)
+            if rows and (len(some) >= block or time.perf_counter() - saved > seconds):
+                some, full, saved = [], some, time.perf_counter(); rows.add(full)
     finally:
         if rows and some: rows.add(some)
     return some

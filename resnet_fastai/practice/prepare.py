@@ -86,7 +86,8 @@ def check_data(
     rows += [('no photo by its name', s, p, 'left out') for s in splits if (root/s).is_dir() for p in sorted(_scan(root/s, photos=False))]
     if not rank_distrib(): print(f'{len(paths):,} photos read, {len(rows):,} problems')
     short = lambda o: str(o).replace(os.path.join(root, ''), '')
-    return pd.DataFrame([(problem, s, short(p), short(why)) for problem,s,p,why in rows], columns=['problem', 'split', 'photo', 'detail'], dtype=object)
+    return pd.DataFrame([(problem, s, short(p), short(why)) for problem,s,p,why in rows], columns=['problem', 'split', 'photo', 'detail'],
+                        dtype=object)
 
 _kinds = {**dict.fromkeys(('.jpg', '.jpeg', '.jpe', '.jfif'), 'JPEG'), **dict.fromkeys(('.tif', '.tiff'), 'TIFF'),
           '.png': 'PNG', '.webp': 'WEBP', '.bmp': 'BMP'}                          # what is written anew; other kinds are linked
@@ -112,7 +113,8 @@ def check_shrinking(
 ):
     "A `DataError` where these cannot be"
     for name,value,most in ('short_side', short_side, 65_535), ('quality', quality, 100):
-        if type(value) is not int or not 1 <= value <= most: raise DataError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
+        if type(value) is not int or not 1 <= value <= most:
+            raise DataError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
 
 
 def _shrink(path, root, dest, side, quality):
@@ -139,7 +141,8 @@ def _open_dest(dest, root, note):
     if dest.resolve().is_relative_to(root.resolve()): raise DataError(f"{dest} lies inside {root}; name a folder beside it")
     if mark.exists():
         if (old := read_json_object(mark)) != note: raise DataError(f"{dest} was made with {old}, now it is {note}; name another folder")
-    elif dest.exists() and (not dest.is_dir() or any(dest.iterdir())): raise DataError(f"{dest} exists already and is not touched; name a new folder")
+    elif dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise DataError(f"{dest} exists already and is not touched; name a new folder")
     dest.mkdir(parents=True, exist_ok=True)
     write_json(mark, note)
 
@@ -147,14 +150,15 @@ def _open_dest(dest, root, note):
 def shrink_photos(
     data_path:str|Path, # Folder with train/, val/ and so on
     dest:str|Path, # A new folder, or one that an earlier call has begun
-    short_side:int=480, # Photos whose shorter side is longer are resized to it, pixels; 480 is all that training looks at, 640 all that 50 crops do
+    short_side:int=480, # Larger photos are resized to this short side, pixels; training looks at 480 at most, 50 crops at 640
     quality:int=95, # Of the JPEG files, 1 to 100
     num_workers:int|None=None, # Threads; None: one a core
 ) -> Path: # dest: the same names, ready to train on
     "Write large photos anew at the size that training needs; whatever is small, or cannot be read, is linked as it is"
     check_shrinking(short_side, quality)
     root, dest = resolve_data(data_path), Path(dest)
-    if open_shards(root): raise DataError(f"{root} holds shards; pack_photos(src, dest, short_side={short_side}) makes smaller ones of them")
+    if open_shards(root):
+        raise DataError(f"{root} holds shards; pack_photos(src, dest, short_side={short_side}) makes smaller ones of them")
     _open_dest(dest, root, dict(source=str(root.resolve()), short_side=short_side, quality=quality))
     paths = list_photos(root)
     fates = list(each_photo(partial(_shrink, root=root, dest=dest, side=short_side, quality=quality), paths, num_workers))

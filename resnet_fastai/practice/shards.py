@@ -40,7 +40,8 @@ def _order(photos) -> dict:
 
 def _labels(photos, root, label_path, label_encoding) -> list:
     "(label, index) of each photo, None where it has none"
-    if (label_path is None) != (label_encoding is None): raise DataError("label_path and label_encoding belong together; pass both, or neither")
+    if (label_path is None) != (label_encoding is None):
+        raise DataError("label_path and label_encoding belong together; pass both, or neither")
     if label_path is None: return [None]*len(photos)
     labels = LabelMap(label_path, label_encoding)
     ids = labels.match(photos, 0)
@@ -52,7 +53,9 @@ def _bytes(path, short_side, quality) -> bytes:
     with suppress(PhotoError):
         if short_side and (data := shrunk(path, short_side, quality)) is not None: return data
     try: return bytes(path.source.read() if path.source else path.read_bytes())
-    except OSError as e: raise PhotoError(f"{str(path)!r} cannot be read: {e.strerror}; repair or remove it, and pack again: it goes on where it was") from None
+    except OSError as e:
+        raise PhotoError(f"{str(path)!r} cannot be read: {e.strerror}; repair or remove it, and pack again: it goes on "
+                         "where it was") from None
 
 
 # ── The shards ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -156,7 +159,8 @@ def _note(root, photos, labels, settings) -> dict:
     digest = hashlib.sha256(json.dumps(labels).encode())
     for name,(_,was) in zip(photos.names.tolist(), photos.stamps()): digest.update(name + repr(was).encode())
     sizes = [was[0] for _,was in photos.stamps() if was]
-    if max(sizes, default=0) >= 1 << 32 or sum(sizes) > 2e12: raise DataError(f"{root} holds more than 2 TB, or a photo of 4 GB; pack it in parts")
+    if max(sizes, default=0) >= 1 << 32 or sum(sizes) > 2e12:
+        raise DataError(f"{root} holds more than 2 TB, or a photo of 4 GB; pack it in parts")
     return dict(photos=digest.hexdigest(), **settings)
 
 

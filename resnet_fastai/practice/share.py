@@ -30,6 +30,7 @@ from ..augment import ColorStats
 from ..data import LabelMap
 from ..engine.calibration import in_effect
 from ..engine.files import DataError, read_json_object, atomic_write
+from ..engine.regularise import in_use
 from ..engine.weight_sources import model_folder, read_weights
 from ..engine.weights import config_sum, imagenet_mean, json_bytes, misfit, saved_tensors, scaled
 from ..inference import paper_scales
@@ -67,8 +68,9 @@ def _summary(learn, precision):
 
 
 def _beginning(learn):
-    "The weights that a training began with, and the epoch whose weights it went back to"
+    "The weights that a training began with, what helped it beyond the paper, and the epoch whose weights it went back to"
     found = {} if learn.restored is None else dict(restored_epoch=learn.restored)
+    if helps := in_use(learn): found['beyond'] = helps
     if learn.weights: found['weights'] = learn.weights
     if learn.weights and learn.weights['head'].startswith('all '): found['origin'] = 'taken over from ' + learn.weights['origin']
     return found
@@ -107,7 +109,8 @@ def _plain_history(df): # NaN is not JSON
 
 def _config(t, weights):
     "All of config.json"
-    c = dict(format=2, arch=t.arch, net_args=t.net_args, n_out=t.net.fc.out_features, size=t.size, scales=list(paper_scales(t.size)), protocol=t.protocol,
+    c = dict(format=2, arch=t.arch, net_args=t.net_args, n_out=t.net.fc.out_features, size=t.size, scales=list(paper_scales(t.size)),
+             protocol=t.protocol,
              encoding=t.labels.encoding, stats=t.stats.as_dict(), training=t.training, history=_plain_history(t.history),
              weights_bytes=len(weights), weights_sha256=hashlib.sha256(weights).hexdigest(),
              versions=dict(resnet_fastai=__version__, fastai=fastai.__version__, torch=torch.__version__))
@@ -187,7 +190,8 @@ def standalone(
     cut = "[center_crop(resize(photo, side), config['size'])]" if what == '1crop' else "ten_crop(resize(photo, side), config['size'])"
     asking = (_dense if what == 'dense' else _asking).format(scales=scales, cut=cut)
     if temperature != 1: asking += "    probs = (probs.log()/config['trust']['calibration']['temperature']).softmax(0)\n"
-    return _program.format(arch=arch, strides=_strides if kin == 'strides' else '', words='the mean over 50 crops' if protocol == '50crop' else in_words(protocol, size), asking=asking)
+    words = 'the mean over 50 crops' if protocol == '50crop' else in_words(protocol, size)
+    return _program.format(arch=arch, strides=_strides if kin == 'strides' else '', words=words, asking=asking)
 
 
 def in_words(
@@ -196,7 +200,8 @@ def in_words(
 ) -> str:
     "What a protocol does with a photo"
     kind,scales = protocol_scales(protocol, size)
-    what = {'1crop': 'centre crops' if len(scales) > 1 else 'centre crop', 'dense': 'all windows of photo and mirror image'}.get(kind, '10 crops')
+    one = 'centre crops' if len(scales) > 1 else 'centre crop'
+    what = {'1crop': one, 'dense': 'all windows of photo and mirror image'}.get(kind, '10 crops')
     at = f"at each of the short sides {', '.join(map(str, scales))}" if len(scales) > 1 else f"at the short side {scales[0]}"
     return f"{'the' if kind == '1crop' and len(scales) == 1 else 'the mean over'} {what} {at}"
 
@@ -229,6 +234,7 @@ def _trained_on(c):
     if t.get('epochs'):
         yield 'training', (f"{t['epochs']} epochs in {t.get('seconds', 0):,.0f} seconds; {t.get('bs')} photos an update, "
                            f"rate {t.get('lr', 0):.4g} at first, {t.get('precision')}")
+    if helps := t.get('beyond'): yield 'beyond the paper', ', '.join(f'{k}={v}' for k,v in helps.items())
     if (epoch := t.get('restored_epoch')) is not None: yield 'weights of', f'epoch {epoch}, the one with the smallest validation loss'
     for name in ('top1_error', 'top5_error'):
         if known := [v for v in h.get(name, []) if v is not None]:
@@ -244,11 +250,13 @@ def _trusted(c):
     (temperature, min_prob), trust = _in_effect(c), c.get('trust', {})
     if temperature != 1:
         e = trust['calibration']
-        yield 'temperature', f'{temperature:.3g}' + (f"; on {e['photos']:,} validation photos the calibration error (ECE) is {e['ece_before']:.1%} without it, {e['ece']:.1%} "
+        yield 'temperature', f'{temperature:.3g}' + (f"; on {e['photos']:,} validation photos the calibration error (ECE) is "
+                                                     f"{e['ece_before']:.1%} without it, {e['ece']:.1%} "
                                                      f"with it" if 'ece' in e else '')
     if min_prob is not None:
         e = trust['threshold']
-        yield 'not sure', f'below a probability of {min_prob:.3g}' + (f"; of {e['photos']:,} validation photos {e['coverage']:.1%} get an answer, {e['precision']:.1%} of these "
+        yield 'not sure', f'below a probability of {min_prob:.3g}' + (f"; of {e['photos']:,} validation photos {e['coverage']:.1%} get an "
+                                                                      f"answer, {e['precision']:.1%} of these "
                           f"are right (95 % interval {e['precision_low']:.1%} to {e['precision_high']:.1%})" if 'photos' in e else '')
 
 def _facts(c):
@@ -273,7 +281,8 @@ def model_card(
     c, encoding = config, sorted(config['encoding'].items(), key=lambda o: o[1])
     table = lambda rows: ''.join(f"| {_md(a)} | {_md(b)} |\n" for a,b in rows)
     more = f"\n… and {len(encoding) - most:,} more, in config.json.\n" if len(encoding) > most else ''
-    return (f"{front_matter(c)}# {_md(c['arch'])} for {len(encoding):,} labels\n\nA residual network (He et al., 2015, arXiv 1512.03385) that says what is "
+    return (f"{front_matter(c)}# {_md(c['arch'])} for {len(encoding):,} labels\n\nA residual network (He et al., 2015, arXiv 1512.03385) "
+            "that says what is "
             f"on a photo. The weights are in model.safetensors, all settings in config.json; neither can run code.\n\n"
             f"| | |\n|:--|:--|\n{table(_facts(c))}\n## With resnet_fastai\n\n```python\nfrom resnet_fastai.core import ResNet\n\n"
             f"ResNet.load('FOLDER').predict_n('PHOTO.jpg')\n```\n\n## Without\n\n{_without(c)}\n"
@@ -329,8 +338,11 @@ def _possible_trust(trust):
     "May `in_effect` and the card read this?"
     if type(trust) is not dict or not {*trust} <= {'calibration', 'threshold'}: return False
     for what,e in trust.items():
-        if type(e) is not dict or not (isinstance(e.get('protocol'), str) and _is_whole(e.get('epochs')) and _is_number(e.get('temperature'), 1e-6, 1e6)): return False
-        if not all(_is_number(v) for k,v in e.items() if k != 'protocol') or (what == 'threshold' and not _is_number(e.get('min_prob'), 0, 1)): return False
+        if type(e) is not dict or not (isinstance(e.get('protocol'), str) and _is_whole(e.get('epochs'))
+                                       and _is_number(e.get('temperature'), 1e-6, 1e6)):
+            return False
+        if not all(_is_number(v) for k,v in e.items() if k != 'protocol'): return False
+        if what == 'threshold' and not _is_number(e.get('min_prob'), 0, 1): return False
     return True
 
 
@@ -339,6 +351,7 @@ def _training_entry(k, v):
     if k in ('origin', 'decay', 'precision'): return isinstance(v, str)
     if k == 'short_sides': return type(v) is list and len(v) == 2 and all(_is_whole(n, 1, 100_000) for n in v)
     if k == 'weights': return type(v) is dict and all(isinstance(t, str) for t in v.values())
+    if k == 'beyond': return type(v) is dict and all(isinstance(t, str) or _is_number(t) for t in v.values())
     return k in ('epochs', 'seconds', 'bs', 'micro_bs', 'lr', 'restored_epoch') and _is_number(v)
 
 

@@ -80,7 +80,8 @@ def _truth_of_csv(path):
     "{photo: wnid} of LOC_val_solution.csv"
     table = read_table(path)
     if list(table.columns) != ['ImageId', 'PredictionString']:
-        raise DataError(f"{path} has the columns {', '.join(table.columns)}; ImageId,PredictionString, as in LOC_val_solution.csv, are needed")
+        raise DataError(f"{path} has the columns {', '.join(table.columns)}; ImageId,PredictionString, as in LOC_val_solution.csv, are "
+                        "needed")
     return {photo: ((text.split() or [''])[0]) for photo,text in table.itertuples(index=False)}
 
 

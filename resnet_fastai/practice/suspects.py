@@ -17,17 +17,21 @@ def _cleanlab():
     try:
         from cleanlab.filter import find_label_issues
         from cleanlab.rank import get_label_quality_scores
-    except ImportError: raise DataError('suspicious labels are ranked by cleanlab, which is not installed: pip install "resnet_fastai[clean]"') from None
+    except ImportError:
+        raise DataError('suspicious labels are ranked by cleanlab, which is not installed: pip install "resnet_fastai[clean]"') from None
     return find_label_issues, get_label_quality_scores
 
 
 def _out_of_fold(models, split, data_path, label_path):
     "(paths, (n,) places of the labels, (n,k) probabilities, k labels) of the photos of all models; each of them once"
     said = [answers(m, split, data_path, label_path) for m in models]
-    if any(s.encoding != said[0].encoding for s in said): raise DataError("these models have different label encodings; make the folds from one of them")
+    if any(s.encoding != said[0].encoding for s in said):
+        raise DataError("these models have different label encodings; make the folds from one of them")
     paths = [os.fspath(p) for s in said for p in s.photos]
     stems = {os.path.realpath(p) for p in paths}                                  # folds are often made of links
-    if len(stems) < len(paths): raise DataError(f"{len(paths) - len(stems):,} photos are in the {split}/ of two models; each photo may be left out of one fold only")
+    if len(stems) < len(paths):
+        raise DataError(f"{len(paths) - len(stems):,} photos are in the {split}/ of two models; each photo may be left out of one fold "
+                        "only")
     labels, index = list(said[0].encoding), np.array(list(said[0].encoding.values()))
     probs = np.concatenate([s.probs[:, index] for s in said]).astype(np.float64)
     place = {i: k for k,i in enumerate(index)}
@@ -50,7 +54,8 @@ def suspects(
     there = np.unique(targ)                                                       # cleanlab wants a photo of each label
     if len(there) < 2: raise DataError(f"all {len(paths):,} photos of {split}/ have one label; there is nothing to compare it with")
     own, some = np.searchsorted(there, targ), probs[:, there]/probs[:, there].sum(1, keepdims=True).clip(1e-300)
-    frame = pd.DataFrame(dict(photo=paths, label=[labels[i] for i in targ], suggested=[labels[i] for i in probs.argmax(1)], quality=quality(own, some),
+    frame = pd.DataFrame(dict(photo=paths, label=[labels[i] for i in targ], suggested=[labels[i] for i in probs.argmax(1)],
+                              quality=quality(own, some),
                               suspicious=find(own, some, n_jobs=1)), dtype=object).astype(dict(quality=float, suspicious=bool))
     frame['suspicious'] &= frame.label != frame.suggested
     return frame.sort_values(['suspicious', 'quality'], ascending=[False, True], kind='stable', ignore_index=True)[:n]
@@ -71,6 +76,8 @@ def show_suspects(
         img = open_photo(row.photo)
         img.thumbnail((96, 96))
         ax.imshow(np.asarray(img) & 0xF0 | 8, interpolation='nearest')                     # few colours: a small file
-        ax.set_title(f'{_say(row.label, 16)}\n{_say(row.suggested, 14)}?  {row.quality:.2f}', fontsize=8, color=_orange if row.suspicious else 'k')
-    fig.suptitle(f'{int(found.suspicious.sum())} of these {len(found)} labels are probably wrong (orange): label, suggestion, quality', fontsize=10)
+        ax.set_title(f'{_say(row.label, 16)}\n{_say(row.suggested, 14)}?  {row.quality:.2f}', fontsize=8,
+                     color=_orange if row.suspicious else 'k')
+    fig.suptitle(f'{int(found.suspicious.sum())} of these {len(found)} labels are probably wrong (orange): label, suggestion, quality',
+                 fontsize=10)
     return fig

@@ -88,8 +88,9 @@ def photo_column(table, csv) -> str:
     if len(found) == 1: return found[0]
     named = [c for w in photo_words for c in found or table.columns if _plain(c) == w]
     if named: return named[0]
-    if found or table.shape[1] > 2: raise DataError(f"{csv} does not say which column names the photos; it has {_list(found or table.columns)}; "
-                                                    "choose one with fn_col=")
+    if found or table.shape[1] > 2:
+        raise DataError(f"{csv} does not say which column names the photos; it has {_list(found or table.columns)}; "
+                        "choose one with fn_col=")
     return table.columns[0]
 
 
@@ -149,7 +150,8 @@ def _check_labels(labels, name, csv):
     cells, found = labels[labels != ''], set(labels)
     several = {c: parts for c in found if len(parts := {p for p in re.split(r'[\s,;|]+', c) if p}) > 1}
     if both := next((c for c, parts in several.items() if parts <= found or _plain(name) == 'tags'), None):
-        raise DataError(f"{csv} gives photos several labels at once, like {both[:80]!r} in the column {name!r}; this network knows one a photo. "
+        raise DataError(f"{csv} gives photos several labels at once, like {both[:80]!r} in the column {name!r}; this network knows one a "
+                        "photo. "
                         "If that is one label, say so with label_col=")
     if len(cells) >= 20 and cells.nunique() > len(cells)/2:
         raise DataError(f"{csv} has {cells.nunique():,} different labels for {len(cells):,} photos in the column {name!r}, like "
@@ -164,8 +166,9 @@ _splits = {**dict.fromkeys('true 1 1.0 valid val validation dev'.split(), 'val')
 
 def _refuse(csv, table, bad, what, advice):
     "A `DataError` that counts the bad rows and names the first"
-    if bad.any(): raise DataError(f"{csv} {what} ({int(bad.sum()):,} of {len(bad):,} rows; first: row {int(np.argmax(bad)) + table.attrs['first']}); "
-                                  f"{advice}")
+    if bad.any():
+        raise DataError(f"{csv} {what} ({int(bad.sum()):,} of {len(bad):,} rows; first: row {int(np.argmax(bad)) + table.attrs['first']}); "
+                        f"{advice}")
 
 
 def _names(csv, table, column, folder, suffix) -> list:
@@ -194,7 +197,8 @@ def _found(csv, names, folder) -> list:
 def _row_splits(csv, table, column) -> list:
     "'train', 'val' or 'test' for each row"
     found = column.str.strip().str.lower().map(_splits)
-    _refuse(csv, table, found.isna().to_numpy(), 'has rows that are neither for training nor for validation', 'write True or False, or train, val and test')
+    _refuse(csv, table, found.isna().to_numpy(), 'has rows that are neither for training nor for validation',
+            'write True or False, or train, val and test')
     return found.tolist()
 
 
@@ -235,8 +239,9 @@ def from_csv(
     csv, dest, heap = Path(csv), Path(dest), any(o not in (None, 0) for o in (val, test, group, folds))
     rows, keys, used = _csv_rows(csv, csv.parent if folder is None else Path(folder), fn_col, label_col, valid_col, suffix, group)
     ready = any(r.split == 'val' for r in rows)
-    if ready and heap: raise DataError(f"{csv} says which photos are for validation, in the column {used[2]!r}; leave out val=, test=, group= and folds=, "
-                                       "or the column")
+    if ready and heap:
+        raise DataError(f"{csv} says which photos are for validation, in the column {used[2]!r}; leave out val=, test=, group= and folds=, "
+                        "or the column")
     if heap: return lay_out_heap(rows, csv, dest, .2 if val is None else val, test, seed, keys, folds)
     if not ready: rows = draw_splits(rows, csv, valid_pct, seed)
     if {_plain(c) for c in used[:2]} != {'fname', 'label'}: _say_columns(csv, *used)
@@ -254,7 +259,8 @@ def _csv_rows(csv, folder, fn_col, label_col, valid_col, suffix, group) -> tuple
     photo, label, split = used = find_columns(table, csv, fn_col, label_col, valid_col, column)
     names, labels = _names(csv, table, table[photo], folder, suffix), table[label].str.strip().tolist()
     splits = ['train']*len(names) if split is None else _row_splits(csv, table, table[split])
-    _refuse(csv, table, np.array([not l and s != 'test' for l, s in zip(labels, splits)]), 'has no label for a photo', 'label it or remove the row')
+    _refuse(csv, table, np.array([not l and s != 'test' for l, s in zip(labels, splits)]), 'has no label for a photo',
+            'label it or remove the row')
     keep = _once(csv, table, names, labels, splits)
     keys = _group_keys(csv, table, group, column, names)
     rows = [Row(n, f, labels[i], splits[i]) for i, n, f in zip(keep, pick(names, keep), _found(csv, pick(names, keep), folder))]

@@ -6,7 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..engine.calibration import (answered, at_limit, calibration_error, check_min_prob, check_temperature, fit_temperature, log_loss, pick_threshold,
+from ..engine.calibration import (answered, at_limit, calibration_error, check_min_prob, check_temperature, fit_temperature, log_loss,
+                                  pick_threshold,
                                   reliability, tempered)
 from ..engine.fast_net import _bare, weights_hash
 from ..engine.scores import wilson
@@ -105,7 +106,8 @@ def calibration_row(
 ) -> dict: # temperature, log_loss, ece, confidence, top1_error, photos
     "How far confidence and truth lie apart at a temperature"
     confidence, right = said.first(temperature)
-    return dict(temperature=temperature, log_loss=log_loss(tempered(said.probs, temperature), said.targ), ece=calibration_error(confidence, right),
+    return dict(temperature=temperature, log_loss=log_loss(tempered(said.probs, temperature), said.targ),
+                ece=calibration_error(confidence, right),
                 confidence=confidence.mean(), top1_error=1 - right.mean(), photos=len(right))
 
 
@@ -116,7 +118,7 @@ def threshold(
     data_path=None, # For a loaded model: photos with such a folder
     label_path=None, # Their labels
 ) -> pd.Series: # min_prob, precision with its 95 % interval, coverage (share of photos that are answered) with its own, photos
-    "Find the probability below which the model says \"not sure\", so that so many of its answers are right; a `DataError` where there is none"
+    "Find the probability below which the model says \"not sure\", so that so many answers are right; a `DataError` where there is none"
     said, temperature = answers(model, split, data_path, label_path), model_parts(model).temperature
     found = pick_threshold(*said.first(temperature), precision)
     _keep(model, threshold=dict(found, wanted=float(precision), temperature=temperature))
@@ -130,7 +132,9 @@ def remark(
     parts, kept = model_parts(model), getattr(model, 'trust', {})
     gone = [w for w,stale in (('temperature', 'calibration' in kept and parts.temperature != kept['calibration']['temperature']),
                               ('threshold', 'threshold' in kept and parts.min_prob is None)) if stale]
-    if gone: print(f"the {' and the '.join(gone)} belonged to other weights or another protocol, and no longer count; call calibrate() or threshold() again")
+    if gone:
+        print(f"the {' and the '.join(gone)} belonged to other weights or another protocol, and no longer count; call calibrate() or "
+              "threshold() again")
 
 
 # ── Pictures
@@ -146,7 +150,8 @@ def _draw_reliability(ax, said, temperature, title):
     error = [(was[full] - low).clip(0), (high - was[full]).clip(0)]
     ax.errorbar(at[full], was[full], error, fmt='o', color=_blue, ms=5, lw=1.2, capsize=2, label='right, with 95 % interval')
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel='probability of the first label', aspect='equal')
-    ax.set_title(f'{title}: ECE {calibration_error(confidence, right):.1%}, {confidence.mean():.0%} sure, {right.mean():.0%} right', fontsize=9)
+    ax.set_title(f'{title}: ECE {calibration_error(confidence, right):.1%}, {confidence.mean():.0%} sure, {right.mean():.0%} right',
+                 fontsize=9)
 
 
 def show_calibration(
@@ -183,7 +188,9 @@ def show_threshold(
     if parts.min_prob is not None:
         k = int((said.first(parts.temperature)[0] >= parts.min_prob).sum())
         ax.axvline(parts.min_prob, color='.3', lw=1, ls=':')
-        if k: title = f'Above {parts.min_prob:.2f}: {good[np.searchsorted(n, k)]/k:.0%} right, {k/len(said.targ):.0%} of {len(said.targ):,} {split} photos answered'
+        if k:
+            right, told = good[np.searchsorted(n, k)]/k, k/len(said.targ)
+            title = f'Above {parts.min_prob:.2f}: {right:.0%} right, {told:.0%} of {len(said.targ):,} {split} photos answered'
     ax.set(xlabel='threshold: least probability of an answer', ylabel='share', xlim=(0, 1), ylim=(0, 1.02))
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=8, loc='lower left')
