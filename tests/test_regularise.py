@@ -283,6 +283,13 @@ def test_a_run_goes_on_from_every_third_update_to_the_bit(way, photos, tmp_path)
         assert [k for k in expected if k not in over and not same(found[k], expected[k])] == [], file.name
 
 
+def test_fastais_own_mixup_resumes_too(photos, tmp_path):
+    make = lambda **kw: ResNet(*photos, **settings, cbs=MixUp(.4), **kw)
+    whole = fit(make(), 2)
+    fit(make(run_folder=tmp_path/'run'), 1)
+    assert equal(weights(whole.net), weights(fit(make(run_folder=tmp_path/'run'), 2, resume=True).net))
+
+
 class Stop(Callback):
     "Ends the fit after so many batches of training or validation, as Ctrl-C does"
     order = 99
