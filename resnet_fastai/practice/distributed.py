@@ -34,9 +34,16 @@ class GradualWarmUp(Callback):
         for cb in self.others: cb.waits = True
         self.set_rate()
 
+    def share(self,
+        done:int, # Updates
+        full:float, # The learner's own rate
+    ) -> float: # 0 to 1
+        "The part of its own rate that an update has"
+        first = min(1, self.start/full) if full else 1
+        return first + (1 - first)*min(1, done/self.total)
+
     def set_rate(self):
-        share = min(1, self.start/max(self.full))
-        share += (1 - share)*min(1, self.done/self.total)
+        share = self.share(self.done, max(self.full))
         self.opt.set_hyper('lr', [share*lr for lr in self.full])
 
     def before_batch(self): self.stepped = False
