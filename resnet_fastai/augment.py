@@ -191,7 +191,7 @@ class PCALighting(RandTransform):
         device=None, # Where the photos are
     ) -> torch.Tensor: # (n,3)
         "Draw the shift of R, G and B for each photo"
-        axes = constant(self.axes, torch.device(device or 'cpu'))
+        axes = constant(self.axes, torch.device('cpu' if device is None else device))
         return torch.randn(n, 3, device=device)*self.std @ axes.T
 
     def encodes(self, x:TensorImage):           # (B,3,H,W), RGB in [0,1]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastai.learner import Learner
-from fastai.torch_core import default_device, rank_distrib, set_seed
+from fastai.torch_core import rank_distrib, set_seed
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
@@ -25,6 +25,7 @@ from . import inference
 from .data import resnet_dls
 from .engine import fine_tuning
 from .engine.calibration import check_min_prob, tempered
+from .engine.device import as_device
 from .engine.distributed import distribute
 from .engine.files import DataError
 from .engine.loader import own_gpu
@@ -218,7 +219,7 @@ def save(self:ResNet,
 @patch(cls_method=True)
 def load(cls:ResNet,
     folder:str|Path, # What `save` wrote, or 'hf:user/name' of Hugging Face
-    device=None, # Where it predicts; None: the GPU where there is one
+    device=None, # Where it predicts: 'cpu', 'cuda:1', an index; None: the GPU where there is one
 ) -> ResNet: # Predicts; `on` gives it photos to train on
     "Load a saved model; runs no code of the file's. A `DataError` where it is not whole"
     return cls._from(share.load_model(folder), device)
@@ -226,6 +227,6 @@ def load(cls:ResNet,
 @patch(cls_method=True)
 def _from(cls:ResNet, trained, device):
     own_gpu()
-    model, device = cls.__new__(cls), default_device() if device is None else device
+    model, device = cls.__new__(cls), as_device(device)
     model._adopt(None, trained._replace(net=trained.net.to(device)))
     return model

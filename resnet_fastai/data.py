@@ -12,16 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
-from fastai.torch_core import default_device
 from fastcore.basics import patch
 
 from .augment import ColorStats, PhotoNormalize, ScaleJitterCrop
 from .engine.arguments import short_sides
 from .engine.class_folders import from_folders  # noqa: F401  for users
 from .engine.demo_photos import demo_data  # noqa: F401  for users
+from .engine.device import as_device
 from .engine.fetch import resolve_data
 from .engine.files import DataError, LabelError, PhotoError, quote
 from .engine.ids import find_in
@@ -194,9 +193,8 @@ def read_photos(
 def _loaders(root, photos, labels, n_out, tfms, micro_bs, num_workers, device):
     "The training and the validation loader; their batches wait in pinned memory for a GPU"
     block = photo_block(labels, len(photos['train']), n_out, *tfms)
-    gpu = torch.device(default_device() if device is None else device).type == 'cuda'
     return block.dataloaders(photos['train'] + photos['val'], path=root, bs=micro_bs,
-        num_workers=num_workers, device=device, pin_memory=gpu, drop_last=False)
+        num_workers=num_workers, device=device, pin_memory=device.type == 'cuda', drop_last=False)
 
 def resnet_dls(
     data_path:str|Path, # Folder with train/ and val/ (test/ may be there), or an archive's URL
@@ -212,10 +210,11 @@ def resnet_dls(
     lighting:float=.1, # Standard deviation of the PCA lighting's alphas; 0: none
     on_bad:str='error', # 'error' or 'skip': about photos unreadable or without a label
     num_workers:int|None=None, # Processes that load photos; None: one a core, 16 at most
-    device=None, # Where batches go; None: the GPU where there is one
+    device=None, # Where batches go: 'cpu', 'cuda:1', an index; None: the GPU where there is one
 ) -> DataLoaders: # With `labels`, `stats`, `photos` and `size` as attributes
     "The batches of the paper's recipe; a photo's target is the index that you gave its label"
     join_processes()
+    device = as_device(device)
     labels = LabelMap(label_path, label_encoding)
     labels.vocab(n_out)                  # an index that does not fit is an error now
     root, photos, stats = read_photos(data_path, labels, stats, on_bad, num_workers)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from patience import still
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import demo_data
 from resnet_fastai.engine.demo_photos import draw_photo
@@ -81,14 +82,13 @@ def main(folder, n=10_000, seed=0):
         suffix = formats[form] if rng.random() < .7 else rng.choice(sorted(photo_suffixes))
         path = photos/f'{i:05}{suffix}'
         path.write_bytes(data)
-        faulthandler.dump_traceback_later(600, exit=True)                           # a hang ends here, with where it was
+        faulthandler.dump_traceback_later(still, exit=True)                         # a hang ends here, with where it was
         start = time.perf_counter()
         said[path.name] = verdict(lambda: model.predict(rng.choice([path, str(path)]) if i % 2 else data, scales=(32,)))
         slowest = max(slowest, time.perf_counter() - start)
         kinds.setdefault(how, []).append(said[path.name] == 'ok')
         if i % (n//10) == n//10 - 1: levels.append(memory())
     faulthandler.cancel_dump_traceback_later()
-    faulthandler.dump_traceback_later(3600, exit=True)
     table = predict_folder(model, photos, folder/'out.csv', n=2, protocol='1crop', num_workers=2)
     after = memory()
     again = dict(zip(table['id'], table.error))

@@ -1,6 +1,12 @@
 "The page's own functions without a browser: what they say is what the library says; tests/browser/test_page.py clicks through the page."
 import csv
+import json
+import os
+import signal
 import socket
+import tempfile
+import threading
+import urllib.request
 from html.parser import HTMLParser
 
 import numpy as np
@@ -250,6 +256,28 @@ def test_too_many_photos_and_none(page, photo):
     assert 'takes 3 at a time' in at['verdict'] and at['found'] == [] and not at['more']['visible']
     at = shown(page, page.read(None))
     assert 'Drop a photo' in at['verdict'] and 'click one of the examples' in at['verdict']
+
+
+def test_what_the_browser_has_held_back(page):
+    at = shown(page, [page.too_large('{"names": ["a <b>.mov"], "at": 7}')])
+    assert "'a <b>.mov': larger than 160 MB" in Read(at['verdict']).text and 'b' not in Read(at['verdict']).tags and at['found'] == []
+    at = shown(page, [page.too_large(json.dumps(dict(names=[f'{i}.mov' for i in range(9)])))])
+    assert "'0.mov', '1.mov', '2.mov' and 6 more" in Read(at['verdict']).text
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGINT'])
+def test_a_signal_ends_the_page_and_its_folder(name, model, tmp_path, monkeypatch):
+    "As a scheduler, a terminal and a person end it; no uploaded photo stays behind, and what the signals did before they do again"
+    pytest.importorskip('gradio', reason="needs Gradio: pip install -e '.[app]'")
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    found, before = [], [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+
+    def ready(url):
+        found.extend(tmp_path.iterdir())
+        threading.Thread(target=lambda: (urllib.request.urlopen(url).read(), os.kill(os.getpid(), getattr(signal, name)))).start()
+    with pytest.raises(KeyboardInterrupt): app.serve(model, port=0, ready=ready)
+    assert len(found) == 1 and found[0].name.startswith('resnet-fastai-app-') and not list(tmp_path.iterdir())
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
 
 
 def test_gradio_is_told_to_be_silent(page):

@@ -11,7 +11,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from kill_and_resume import result, same
 from resnet_fastai.core import ResNet, train
 from resnet_fastai.data import demo_data, resnet_dls
-from resnet_fastai.engine.balance import BalancedError
+from resnet_fastai.engine.balance import BalancedError, BalancedLoss
 from resnet_fastai.engine.checkpoint import read_checkpoint
+from resnet_fastai.engine.cuda_graph import TapeGraph, why_not
 from resnet_fastai.engine.files import DataError
 from resnet_fastai.engine.regularise import EarlyStopping, EMA, SmoothedLoss
 from resnet_fastai.training import Accumulate, Checkpoint, paper_sgd, PlateauLR, resnet_learner
@@ -96,6 +97,13 @@ def test_outputs_without_a_label_get_no_share(photos):
     "Of 1000 outputs eight have a label"
     of = lambda n_out: ResNet(*photos, **settings | dict(n_out=n_out), label_smoothing=.1).learn.loss_func
     assert of(1000).outputs.tolist() == list(range(8)) and of(None).outputs is None
+
+
+def test_balanced_classes_are_smoothed_too():
+    rng = torch.Generator().manual_seed(0)
+    pred, targ, w = torch.randn(12, 4, generator=rng), torch.randint(4, (12,), generator=rng), torch.tensor([.5, 2., 1., 7.])
+    expected = (F.cross_entropy(pred, targ, label_smoothing=.1, reduction='none')*w[targ]).mean()
+    torch.testing.assert_close(torch.Tensor(BalancedLoss(SmoothedLoss(.1), w)(pred, targ)), expected)
 
 
 # ── MixUp and CutMix ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -275,6 +283,13 @@ def test_a_run_goes_on_from_every_third_update_to_the_bit(way, photos, tmp_path)
         assert [k for k in expected if k not in over and not same(found[k], expected[k])] == [], file.name
 
 
+def test_fastais_own_mixup_resumes_too(photos, tmp_path):
+    make = lambda **kw: ResNet(*photos, **settings, cbs=MixUp(.4), **kw)
+    whole = fit(make(), 2)
+    fit(make(run_folder=tmp_path/'run'), 1)
+    assert equal(weights(whole.net), weights(fit(make(run_folder=tmp_path/'run'), 2, resume=True).net))
+
+
 class Stop(Callback):
     "Ends the fit after so many batches of training or validation, as Ctrl-C does"
     order = 99
@@ -325,6 +340,20 @@ def test_other_arguments_are_refused(photos, tmp_path, kw, says):
                                      (dict(label_smoothing=.1, loss_func=CrossEntropyLossFlat()), 'loss_func of your own')])
 def test_sentences(dls, kw, says):
     with pytest.raises(DataError, match=says): resnet_learner(dls, 'cifar_resnet8', bs=8, **kw)
+
+
+def test_an_exported_learner_has_the_average(photos, tmp_path):
+    m = fit(ResNet(*photos, **settings, label_smoothing=.1, mixup=.4, ema=.9), 1)
+    m.learn.export(tmp_path/'learner.pkl')
+    loaded = load_learner(tmp_path/'learner.pkl')
+    assert equal(weights(loaded.model), weights(m.net)) and loaded.loss_func.share == .1
+
+
+@pytest.mark.parametrize('kw', [dict(ema=.9), dict(mixup=.4)])
+def test_a_cuda_graph_is_refused_with_the_reason(dls, kw):
+    learn = resnet_learner(dls, 'cifar_resnet8', bs=4, precision='fp32', **kw)
+    learn.create_opt()
+    assert 'works on each batch (before_batch)' in why_not(learn, TapeGraph)
 
 
 def test_nothing_to_mix_with(photos):

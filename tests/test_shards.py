@@ -19,6 +19,7 @@ from fastai.torch_core import set_seed
 from PIL import Image
 from typer.testing import CliRunner
 
+from patience import still
 from range_server import RangeServer
 from resnet_fastai.augment import ColorStats
 from resnet_fastai.core import ResNet
@@ -304,6 +305,53 @@ def test_a_damaged_photo_is_named_with_its_shard_and_the_others_are_read(copy):
         assert sorted(said.split('\n')) == ['', 'test-000000.tar: OK', 'train-000000.tar: FAILED', 'val-000000.tar: OK']
 
 
+def damage(shards, row):
+    "Change a byte of a photo in its tar file; the file's name"
+    at = int(shards.columns[0,row])
+    k = int(np.searchsorted(shards.starts, at, 'right')) - 1
+    with open(name := Path(shards.folder)/shards.header['shards'][k][0], 'rb+') as f:
+        f.seek((at - int(shards.starts[k]))*512 + 40)
+        byte = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 4]))
+    return name.name
+
+
+def test_a_damaged_photo_is_left_out_like_one_in_a_folder(copy, drawn, tmp_path, monkeypatch):
+    "The others and their colours are the same"
+    monkeypatch.setattr('resnet_fastai.data.kept_survey', lambda file, photos: None)
+    found, files = split_photos(copy), drawn._replace(data_path=Path(shutil.copytree(drawn.data_path, tmp_path/'files')))
+    for split, i in ('train', 4), ('val', 2):
+        path = found[split][i]
+        name = damage(path.source.shards, path.source.row)
+        (p := files.data_path/os.path.relpath(path, copy)).write_bytes(p.read_bytes()[:100])
+        with pytest.raises(PhotoError, match=rf"{path.name}' is damaged in {name}"): Photo(path)
+    args = dict(on_bad='skip', num_workers=0)
+    (_, ours, colours), (_, theirs, file_colours) = (read_photos(root, LabelMap(*drawn[1:]), **args) for root in (copy, files.data_path))
+    for s in ('train', 'val'): assert below(ours[s], copy) == below(theirs[s], files.data_path) and len(ours[s]) == len(found[s]) - 1
+    assert np.array_equal(colours.eigvec, file_colours.eigvec) and colours.n_photos == file_colours.n_photos == 29
+    with pytest.raises(PhotoError, match='is damaged in (train|val)-000000.tar'): read_photos(copy, LabelMap(*drawn[1:]), num_workers=0)
+    said = check_data(copy, *drawn[1:], num_workers=0)
+    assert sum('is damaged in' in str(d) for d in said.to_numpy().ravel()) == 2
+
+
+def test_a_shard_that_is_cut_while_it_is_open(copy):
+    "The photo that is gone is named, with the shard"
+    photos = split_photos(copy)['train']
+    Photo(photos[0])
+    os.truncate(copy/'train-000000.tar', 20_480)
+    gone = max(range(30), key=lambda i: photos.shards.columns[0,photos.rows[i]])
+    with pytest.raises(PhotoError, match=rf"{photos[gone].name}' is damaged in train-000000.tar"): Photo(photos[gone])
+
+
+def test_a_photo_that_is_damaged_after_the_first_epoch_ends_a_training_in_a_sentence(copy, drawn):
+    model = ResNet(copy, *drawn[1:], arch='cifar_resnet8', size=32, bs=8, micro_bs=8, num_workers=1, device='cpu', stats=stats)
+    path = split_photos(copy)['train'][7]
+    name = damage(path.source.shards, path.source.row)
+    with model.learn.no_bar(), model.learn.no_logging(), pytest.raises(PhotoError) as e: model.fit(1)
+    assert f"{path.name}' is damaged in {name}" in str(e.value) and '\n' not in str(e.value)
+
+
 def test_a_shard_that_is_not_whole_stops_a_run_and_is_no_bad_photo(copy, drawn, monkeypatch):
     monkeypatch.setattr('resnet_fastai.data.kept_survey', lambda file, photos: None)
     with open(copy/'val-000000.tar', 'ab') as f: f.truncate(5120)
@@ -324,6 +372,13 @@ def test_an_index_that_is_not_its_own(copy):
 
 
 good = dict(format='resnet_fastai shards, 1', photos=2, width=3, index='0'*64, runs=[['a/', 0]], shards=[['a.tar', 5, '0'*64]])
+
+
+def test_an_index_of_another_version(copy):
+    header = json.loads((copy/'shards.json').read_text())
+    write_json(copy/'shards.json', header | dict(format='resnet_fastai shards, 7'))
+    for act in (split_photos, list_photos, verify_shards, lambda folder: resnet_dls(folder, copy/'labels.json', copy/'encoding.json', **small)):
+        with pytest.raises(DataError, match="shards.json says 'resnet_fastai shards, 7'; this version of resnet_fastai reads .*pack the photos again"): act(copy)
 
 
 @pytest.mark.parametrize('change', [dict(photos=-1), dict(photos='2'), dict(photos=True), dict(width=0), dict(runs=[]), dict(runs=[['a/', 1]]), dict(runs=[['a/', 0], ['b/', 2]]),
@@ -379,8 +434,9 @@ def test_worker_processes_have_connections_of_their_own(drawn, serve):
     assert all(torch.equal(x, u) for (x, _), (u, _) in zip(ours, theirs))
 
 
-def test_photos_are_asked_for_side_by_side(drawn, serve):
-    together, held = threading.Barrier(8, timeout=60), []                                         # eight requests at once, or none is answered
+def test_photos_are_asked_for_side_by_side(drawn, serve, monkeypatch):
+    together, held = threading.Barrier(8, timeout=still), []                                      # eight requests at once, or none is answered
+    monkeypatch.setattr(ranges, 'patience', still)
     server = serve(plan=lambda name, n, k: 'hold' if held and k <= held[0] + 16 else None)
     server.hold = together.wait
     dls = resnet_dls(server.url, *drawn[1:], **small | dict(stats=stats))

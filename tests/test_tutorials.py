@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_rel
 
 experiments = Path(__file__).resolve().parent.parent/'nbs'/'experiments'
 runs = sorted(p for p in (experiments/'results').glob('*.json') if p.stem in ('clothing', 'drawn'))
@@ -135,6 +135,47 @@ def test_colours_are_numpys(folder, tmp_path, monkeypatch):
     assert desk['photos'] == 42 and str(folder) not in found['command']
     np.testing.assert_allclose(desk['mean'], pixels.mean(0), atol=2e-3)                  # decoders differ
     np.testing.assert_allclose(np.array(desk['eigvec'])*desk['eigval'] @ np.transpose(desk['eigvec']), np.cov(pixels.T), atol=2e-3)
+
+
+def made_up(draw, way, seed): return dict(draw=draw, way=way, seed=seed, error=.5 + .01*len(way) + .02*seed**2 - .003*len(way)*seed, small=.7, cpu_seconds=1.)
+
+
+def test_what_helps_is_compared_draw_by_draw(monkeypatch, folder, tmp_path):
+    "The interval is that of scipy's paired t test; a command that was stopped makes the missing runs only"
+    module, asked = script('what_helps', monkeypatch), []
+    def one_run(photos, weights, draw, way, n, epochs, seed):
+        asked.append((seed, draw, way))
+        if len(asked) == 20: raise KeyboardInterrupt
+        assert {p.suffix for p in photos.rglob('*.*')} == {'.png'} and max(min(Image.open(p).size) for p in photos.rglob('*.png')) == 96
+        return made_up(draw, way, seed)
+    monkeypatch.setattr(module, 'one_run', one_run)
+    monkeypatch.setattr(module, 'published', lambda file: None)
+    monkeypatch.setattr(module, 'commit', lambda file: 'none')
+    (file := tmp_path/'weights.th').write_bytes(b'')
+    with pytest.raises(KeyboardInterrupt): module.compare(folder, file, seeds=3, out=tmp_path/'out.json')
+    runs = module.compare(folder, file, seeds=3, out=tmp_path/'out.json')
+    assert len(runs) == 27 and len(asked) == 28 and asked[:19] + asked[20:] == sorted(asked[:19] + asked[20:], key=lambda a: a[0])
+    kept = json.loads((tmp_path/'out.json').read_text())
+    assert kept['runs'] == runs and kept['command'].split()[1] == 'nbs/experiments/what_helps.py' and str(tmp_path) not in kept['command']
+    for row in kept['summary']:
+        mine, plain = ([made_up(row['draw'], way, seed)['error'] for seed in range(3)] for way in (row['way'], 'nothing'))
+        assert row['error'] == pytest.approx(np.mean(mine), abs=1e-4) and row['draws'] == 3
+        if row['way'] == 'nothing': continue
+        ci = ttest_rel(mine, plain).confidence_interval()
+        assert (row['low'], row['difference'], row['high']) == pytest.approx((ci.low, np.subtract(mine, plain).mean(), ci.high), abs=1e-4)
+    (folder/'train'/'dots'/'new.jpg').write_bytes(next((folder/'train'/'dots').iterdir()).read_bytes())
+    asked.clear()
+    assert len(module.compare(folder, file, seeds=1, out=tmp_path/'out.json')) == 9 == len(asked)       # other photos: nothing is taken over
+
+
+def test_uneven_draws(monkeypatch, folder, tmp_path):
+    module = script('what_helps', monkeypatch)
+    assert module.class_sizes('even', 200, 1) == [20]*10
+    sizes = [module.class_sizes('uneven', 200, seed) for seed in (1, 2)]
+    assert sorted(sizes[0]) == sorted(sizes[1]) == [4, 5, 7, 9, 11, 14, 19, 24, 31, 40] and sizes[0] != sizes[1]
+    (folder/'val').rename(folder/'validation')
+    found = module.some_of(folder, [1, 4, 2], 0, tmp_path/'some')
+    assert [len(list((tmp_path/'some'/'train'/c).iterdir())) for c in labels] == [1, 4, 2] and len(list((found.data_path/'train').rglob('*.jpg'))) == 7
 
 
 # ── What is stored ───────────────────────────────────────────────────────────────────────────────────────────────────────────

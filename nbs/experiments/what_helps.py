@@ -2,9 +2,10 @@
 
     python nbs/experiments/what_helps.py PHOTOS resnet20.th          # {train,validation,test}/CLASS/*.jpg, and a file of cifar10.py's `weights_of`
 
-Half of the ways have as many photos of each class, the others ten times as many of the largest class as of the smallest. All are tested by one
+The first ways have as many photos of each class, the others ten times as many of the largest class as of the smallest. All are tested by one
 crop on the photos of validation/ and test/, which have as many of each class and choose nothing here: the error is the balanced error.
-Results go to results/what_helps.json, after each run; the same command goes on with those that are missing."""
+Photos are shrunk once, since no crop here is taken from a short side above 69 pixels. Results go to results/what_helps.json, after each run;
+the same command goes on with those that are missing."""
 import argparse
 import hashlib
 import json
@@ -18,12 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from scipy.stats import t as student
 
 from cifar10 import commit, machine, weights_of
 from fine_tuning import how, published, some_of
+from resnet_fastai.augment import resize_short
 from resnet_fastai.core import ResNet
 from resnet_fastai.engine.files import DataError, write_json
+from resnet_fastai.engine.layout import list_photos
 
 base, protocol = dict(size=32, augment='wide'), '1crop@37'              # 37: all crops here have seen objects of that size
 ways = {'even': {'nothing': {}, "augment='paper'": dict(augment='paper'), 'label_smoothing=.1': dict(label_smoothing=.1), 'mixup=.4': dict(mixup=.4),
@@ -38,6 +42,14 @@ def class_sizes(draw, n, seed, classes=10, ratio=10):
     sizes = [round(n/5*s) for s in shares]                             # of 200 photos: 40 to 4
     random.Random(f'order {seed}').shuffle(sizes)
     return sizes
+
+
+def shrunk(photos, dest, side=96):
+    "The same photos without loss, their short side `side` pixels"
+    for p in list_photos(photos):
+        (file := (dest/p.relative_to(photos)).with_suffix('.png')).parent.mkdir(parents=True, exist_ok=True)
+        resize_short(Image.open(p).convert('RGB'), side).save(file, compress_level=1)
+    return dest
 
 
 def checksum(photos):
@@ -76,8 +88,12 @@ def summary(runs):
         yield {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if v == v} | dict(cpu_seconds=round(r.cpu_seconds.mean(), 1))
 
 
-def compare(photos, weights, photos_drawn=200, seeds=5, epochs=30, out=None):
+def compare(photos, weights, photos_drawn=200, seeds=5, epochs=20, out=None):
     "Every way and seed; written after each run"
+    with tempfile.TemporaryDirectory() as tmp: return _compare(photos, shrunk(photos, Path(tmp)/'small'), weights, photos_drawn, seeds, epochs, out)
+
+
+def _compare(photos, small, weights, photos_drawn, seeds, epochs, out):
     out = Path(out or Path(__file__).parent/'results'/'what_helps.json')
     about = dict(command=f'python nbs/experiments/what_helps.py {photos.name} {weights.name} --photos-drawn {photos_drawn} --epochs {epochs}',
                  weights=weights_of, base=base, bs=how['bs'], protocol=protocol, data_sha256=checksum(photos),
@@ -87,7 +103,7 @@ def compare(photos, weights, photos_drawn=200, seeds=5, epochs=30, out=None):
     done, from_ = {(r['seed'], r['draw'], r['way']) for r in runs}, published(weights)
     for seed, (draw, way) in product(range(seeds), [(d, w) for d in ways for w in ways[d]]):
         if (seed, draw, way) in done: continue
-        runs.append(one_run(photos, from_, draw, way, photos_drawn, epochs, seed))
+        runs.append(one_run(small, from_, draw, way, photos_drawn, epochs, seed))
         print(runs[-1], flush=True)
         write_json(out, about | dict(commit=commit(__file__), machine=machine(), load=os.getloadavg()[1], runs=runs, summary=list(summary(runs))))
     return runs
@@ -99,7 +115,7 @@ def main(argv=None):
     p.add_argument('weights', type=Path)
     p.add_argument('--photos-drawn', type=int, default=200, help='training photos of a draw; fewer in the uneven ones')
     p.add_argument('--seeds', type=int, default=5)
-    p.add_argument('--epochs', type=int, default=30)
+    p.add_argument('--epochs', type=int, default=20, help='the first of them with the head alone')
     p.add_argument('--out', type=Path, help='default: nbs/experiments/results/what_helps.json')
     try: runs = compare(**vars(p.parse_args(argv)))
     except DataError as e: sys.exit(f'{type(e).__name__}: {e}')

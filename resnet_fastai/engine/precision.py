@@ -7,7 +7,7 @@ from .files import DataError
 
 
 def fast_precision(
-    device, # Where the network is: a `torch.device`, or its name
+    device, # Where the network is: a `torch.device`, its name, or the index of a GPU
 ) -> str: # 'bf16' or 'fp32'
     "The fastest precision that keeps the result: bf16 where the hardware computes in it"
     kind = torch.device(device).type
@@ -17,12 +17,12 @@ def fast_precision(
 
 
 def precision_and_layout(
-    device, # Where the network will be: a `torch.device`, or its name; None: the CPU
+    device, # Where the network will be: a `torch.device`, its name, or the index of a GPU; None: the CPU
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: `fast_precision`
     channels_last:bool|None=None, # None: on a CPU, and in 16 bits
 ) -> tuple: # (precision, channels_last), both decided
     "Fill in what was left to the hardware; a `DataError` where the precision is none"
-    device = torch.device(device or 'cpu')
+    device = torch.device('cpu' if device is None else device)
     precision = precision or fast_precision(device)
     if precision not in ('fp32', 'bf16', 'fp16'): raise DataError(f"precision is {precision!r:.80}; it must be 'fp32', 'bf16' or 'fp16'")
     return precision, device.type == 'cpu' or precision != 'fp32' if channels_last is None else channels_last

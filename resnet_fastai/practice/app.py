@@ -1,9 +1,12 @@
 """A page for a browser: drop photos, see their labels, the crops that voted and where the evidence lies. Sends nothing anywhere."""
 import base64
 import io
+import json
 import os
+import signal
 import socket
 import tempfile
+import threading
 from contextlib import contextmanager
 from functools import partial
 from html import escape
@@ -32,6 +35,9 @@ class Limits(NamedTuple):
     "What the page takes"
     photos: int = 200 # At a time
     megabytes: int = 20 # A photo
+
+    @property
+    def sent(self): return 8*self.megabytes << 20                               # bytes of a file that a browser may send; `ask` refuses it in words
 
 
 class Answer(NamedTuple):
@@ -285,6 +291,20 @@ figcaption {font-size: .85rem; opacity: .8; overflow-wrap: anywhere}
 }
 '''
 
+# Larger files stay in the browser: Gradio would say no more than "Error" where they were dropped
+_hold_back = '''<script>
+for (const kind of ['change', 'drop']) addEventListener(kind, e => {
+  if (!e.target.closest?.('#drop')) return;
+  const large = [...(e.dataTransfer ?? e.target).files ?? []].filter(f => f.size > SENT).map(f => f.name);
+  const box = document.querySelector('#large :is(textarea, input)');
+  if (!large.length || !box) return;
+  e.preventDefault(); e.stopImmediatePropagation();
+  if (kind == 'change') e.target.value = '';
+  box.value = JSON.stringify({names: large, at: Date.now()});
+  box.dispatchEvent(new Event('input', {bubbles: true}));
+}, true);
+</script>'''
+
 title = 'What is on your photo?'
 _begin = ('<h2>Drop a photo, or several</h2><p>You will see the likeliest labels, where in the photo the evidence lies, '
           'and what each of the crops says that the model looks at.{}</p>')
@@ -332,6 +352,7 @@ class Page:
         with gr.Row():
             with column(scale=4):
                 self.drop = gr.File(label='Your photos', file_count='multiple', file_types=['image'], height=150, elem_id='drop')
+                self.large = gr.Textbox(visible='hidden', elem_id='large')
                 if self.examples:
                     gr.HTML('<h3>Or try one of these</h3>')
                     small = [_small(open_photo(p), 160) for p in self.examples]
@@ -359,7 +380,9 @@ class Page:
         work.append(self.many.select(pick, self.found, shown, show_progress_on=self.verdict, **how))
         if self.examples: work.append(self.shelf.select(example, None, shown, show_progress_on=self.verdict, **how))
         self.label.input(self.evidence, [self.found, self.label], self.heat, show_progress_on=self.heat, **how)
-        self.drop.clear(self.reset, None, shown, cancels=work, queue=False, api_visibility='private')
+        at_once = dict(cancels=work, queue=False, api_visibility='private')
+        self.drop.clear(self.reset, None, shown, **at_once)
+        self.large.change(self.too_large, self.large, shown, **at_once)
 
     def _first(self): return _box(_begin.format(' Or click one of the examples.' if self.examples else ''))
 
@@ -368,6 +391,14 @@ class Page:
         hidden = self.gr.update(visible=False)
         return {self.drop: None, self.found: [], self.verdict: self._first(),
                 self.many: hidden | dict(value=[]), self.csv: hidden, self.more: hidden}
+
+    def too_large(self, held_back):
+        "Say which files the browser has not sent; it sends none of those beside them either"
+        names = [repr(cut(str(n), 60)) for n in json.loads(held_back)['names']]
+        more = f' and {len(names) - 3:,} more' if len(names) > 3 else ''
+        said = (f'{", ".join(names[:3])}{more}: larger than {self.limits.sent >> 20:,} MB, far more than a photo. '
+                'Nothing was read; drop the other photos again, without what is too large.')
+        return self.reset() | {self.verdict: _box(f'<h2>Too large</h2><p>{escape(said)}</p>', 'rf-bad')}
 
     def read(self, files):
         "Answer about photos, one after the other"
@@ -442,10 +473,10 @@ def web_app(
     gr, system = page.gr, ('ui-sans-serif', 'system-ui', 'sans-serif')
     theme = gr.themes.Default(primary_hue='blue', font=system, font_mono=('ui-monospace', 'monospace'))      # fonts that are there
     page.blocks.queue(max_size=20)
-    far_too_large = 8*page.limits.megabytes << 20                              # before that, `ask` says it in words
     nothing_more = dict(footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False)
     app = gr.mount_gradio_app(FastAPI(openapi_url=None), page.blocks, '/', theme=theme, css=css, show_error=True,
-                              allowed_paths=[str(page.folder)], max_file_size=far_too_large, **nothing_more)
+                              allowed_paths=[str(page.folder)], max_file_size=page.limits.sent, head=_hold_back.replace('SENT', str(page.limits.sent)),
+                              **nothing_more)
     if host in local: app = TrustedHostMiddleware(app, [*local, '[', '[::1]'])  # a name of somebody else's that leads here is refused
     return _guarded(app)
 
@@ -478,6 +509,18 @@ def _own_folder():
             if was is not None: os.environ['GRADIO_TEMP_DIR'] = was
 
 
+@contextmanager
+def _as_ctrl_c():
+    "SIGTERM, and the end of the terminal, do what Ctrl-C does: nothing of what was uploaded stays behind"
+    act, old = dict(SIGTERM=signal.default_int_handler, SIGHUP=lambda *_: signal.raise_signal(signal.SIGTERM)), {}
+    if threading.current_thread() is threading.main_thread():
+        known = {getattr(signal, name): do for name,do in act.items() if hasattr(signal, name)}
+        old = {s: signal.signal(s, do) for s,do in known.items() if signal.getsignal(s) is signal.SIG_DFL}
+    try: yield
+    finally:
+        for s,handler in old.items(): signal.signal(s, handler)
+
+
 def serve(
     model, # A `ResNet` that has been trained
     host: str='127.0.0.1', # Address of this machine; '0.0.0.0': other machines can reach the page
@@ -487,12 +530,12 @@ def serve(
     limits: Limits=Limits(), # Photos at a time, and their size
     ready=print, # Called with the page's address when it can be opened
 ):
-    "Show a model as a page for a browser, until Ctrl-C"
+    "Show a model as a page for a browser, until Ctrl-C or SIGTERM, which end in a `KeyboardInterrupt`"
     import uvicorn
     require_trained(model)
     least = known_threshold(model, min_prob)
     _gradio()
-    with _own_folder() as folder, bound(host, port) as s:
+    with _as_ctrl_c(), _own_folder() as folder, bound(host, port) as s:
         shown = example_photos(model.labels, examples, folder)
         page = Page(model, folder, shown, least, limits, shared=host not in local)
         server = uvicorn.Server(uvicorn.Config(web_app(page, host), log_level='warning', timeout_graceful_shutdown=1))

@@ -39,11 +39,16 @@ Json = Annotated[bool, typer.Option('--json', help='One JSON document on stdout 
 def limits(
     max_pixels: Annotated[Optional[int], typer.Option(min=1, envvar='RESNET_FASTAI_MAX_PIXELS', help='Read photos of up to so many pixels; '
         "without it Pillow's 178,956,970, and JPEGs of twice as many")] = None,
+    device: Annotated[Optional[str], typer.Option(help="Where to compute: 'cpu', 'cuda:1' or the index of a GPU; without it the GPU where there is one")] = None,
 ):
     "Deep residual learning on your own photos: the ResNet paper from a shell."
     if max_pixels:
         from PIL import Image
         Image.MAX_IMAGE_PIXELS = -(-max_pixels//2)            # Pillow refuses at twice this
+    if device:
+        from resnet_fastai.engine.device import use_device
+        try: use_device(device)
+        except ValueError as e: _end(f'error: {e}', 1)
 
 
 class LogStream:

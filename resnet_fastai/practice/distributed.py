@@ -1,9 +1,59 @@
 """Train on several GPUs or machines with one command, and get the result of one."""
-__all__ = ['all_reduce_seconds', 'rate_limits', 'estimate_hours']
+__all__ = ['GradualWarmUp', 'all_reduce_seconds', 'rate_limits', 'estimate_hours']
 
+from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
 from fastcore.meta import delegates
 
-from ..training import default_lr
+from ..engine.files import DataError
+from ..training import default_lr, RateDrop
+
+
+class GradualWarmUp(Callback):
+    "The rate rises by the same step with each update, from `start` to the learner's own: for large batches"      # Goyal et al. 2017, §2.2
+    order,run_valid,part_of_run,state_attrs = 61,False,True,('done',)
+    on_graph = 'replay'
+    def __init__(self,
+        epochs:float=5, # Epochs until the learner's own rate is reached
+        start:float=.1, # Rate of the first update; where the learner's own is smaller, that
+    ):
+        if epochs <= 0 or start < 0: raise DataError(f"GradualWarmUp has epochs={epochs!r} and start={start!r}; it needs more than 0 epochs, and no negative rate")
+        self.epochs,self.start,self.done = epochs,start,0
+
+    def before_fit(self):
+        self.run,self.full,self.others = not hasattr(self.learn, 'lr_finder'),[h['lr'] for h in self.opt.hypers],()
+        dl,bs = self.dls.train,self.accumulate.bs
+        self.total = round(self.epochs*-(-dl.n//bs))                # updates, with any number of processes
+
+    def before_train(self):
+        "Nothing else sets the rate meanwhile"
+        if self.done >= self.total: return
+        if any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in self.cbs):
+            raise DataError("a schedule sets the rate already; take GradualWarmUp away, or train by fit(…) without a schedule")
+        self.others = [cb for cb in self.cbs if isinstance(cb, RateDrop)]
+        for cb in self.others: cb.waits = True
+        self.set_rate()
+
+    def share(self,
+        done:int, # Updates
+        full:float, # The learner's own rate
+    ) -> float: # 0 to 1
+        "The part of its own rate that an update has"
+        first = min(1, self.start/full) if full else 1
+        return first + (1 - first)*min(1, done/self.total)
+
+    def set_rate(self):
+        share = self.share(self.done, max(self.full))
+        self.opt.set_hyper('lr', [share*lr for lr in self.full])
+
+    def before_batch(self): self.stepped = False
+    def after_step(self): self.stepped = True
+    def after_batch(self):
+        if not self.stepped or self.done >= self.total: return
+        self.done += 1
+        self.set_rate()
+        if self.done < self.total: return
+        for cb in self.others: cb.waits = False
 
 
 def all_reduce_seconds(

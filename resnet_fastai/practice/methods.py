@@ -166,7 +166,7 @@ class Practice:
     def from_torchvision(cls,
         source:dict|str|Path, # A state dict, or a .pth, .pt or .safetensors file of one
         label_encoding:str|Path|dict, # {label: index}, or a JSON file of it
-        device=None, # Where it predicts; None: the GPU where there is one
+        device=None, # Where it predicts: 'cpu', 'cuda:1', an index; None: the GPU where there is one
         **kwargs
     ) -> 'ResNet': # Predicts; it has no photos to train on
         "A model with torchvision's weights"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patience import until, used
+from patience import still, until, used
 
 from resnet_fastai.engine.demo_photos import draw_photo
 
@@ -45,7 +45,7 @@ def lab(browser, tmp_path_factory):
 
     def answers():
         assert server.poll() is None, (tmp/'log').read_text()[-2000:]
-        try: return urllib.request.urlopen(f'{at}/api/status?token=t', timeout=5)
+        try: return urllib.request.urlopen(f'{at}/api/status?token=t', timeout=still)
         except OSError: return None
     until(answers, every=.25)
     yield at

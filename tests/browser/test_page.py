@@ -131,6 +131,14 @@ def test_a_phone_and_limits(visit, served, tmp_path):
     (tmp_path/'large.png').write_bytes(b'\0'*(1 << 21))
     drop(v, tmp_path/'large.png')
     v.page.locator('#verdict', has_text="'large.png' is larger than 1 MB").wait_for()
+    with open(tmp_path/'film.png', 'wb') as f: f.truncate((8 << 20) + 1)
+    drop(v, tmp_path/'film.png', files[0])
+    v.page.locator('#verdict', has_text="'film.png': larger than 8 MB, far more than a photo").wait_for()
+    assert 'Error' not in v.page.inner_text('body')
+    v.shot('too-large')
+    drop(v, tmp_path/'film.png')                                                  # the same again is said again
+    drop(v, files[0])
+    v.page.locator('#verdict', has_text="'0.png' cannot be read as a photo").wait_for()
 
 
 def test_another_name_for_this_machine_is_refused(served):
