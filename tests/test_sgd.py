@@ -208,6 +208,8 @@ def test_plot_history(once):
     fig = plot_history(df)
     assert [line.get_label() for line in fig.axes[1].lines[:3]] == ['train error', 'top1 error', 'top5 error']
     assert sum(line.get_linestyle() == ':' for line in fig.axes[0].lines) == (df.lr.diff() < 0).sum() > 0
+    smooth = plot_history(df.assign(lr=.1*.8**np.arange(len(df))))       # no steps: a line for each epoch would hide the curves
+    assert not any(line.get_linestyle() == ':' for line in smooth.axes[0].lines)
     plot_history(df.drop(columns=['train_error', 'top5_error']))         # a history of an older model, or of two classes
 
 

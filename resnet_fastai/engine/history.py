@@ -75,11 +75,11 @@ class History(Callback):
 def plot_history(
     history:pd.DataFrame, # A row an epoch, as `History` and `ResNet` keep it
 ) -> plt.Figure: # Losses on the left, errors on the right
-    "Loss and error over the epochs, as in the paper's Figure 4: training thin, validation bold; dotted where the rate fell"
+    "Loss and error over the epochs, as in the paper's Figure 4: training thin, validation bold; dotted where the rate fell to half or less"
     fig,axs = plt.subplots(1, 2, figsize=(8, 3), layout='constrained')
     for name,style in _line_styles.items():
         if name in history: axs[int('error' in name)].plot(history.epoch, history[name], label=name.replace('_', ' '), **style)
-    fell = history.epoch[1:][history.lr.diff()[1:] < 0]
+    fell = history.epoch[history.lr <= history.lr.shift()/2]
     for ax,unit in zip(axs, ('cross-entropy, nats', 'share of photos')):
         for e in fell: ax.axvline(e - .5, color='.5', ls=':', lw=1)
         ax.set(xlabel='epoch', ylabel=unit)
