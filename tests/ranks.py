@@ -48,15 +48,16 @@ class Ranks:
         return self.ask('wait', folder, pid)
 
     def kill(self):
-        for p in [*psutil.Process(self.process.pid).children(recursive=True), self.process]: p.kill()
+        for p in psutil.Process(self.process.pid).children(recursive=True): p.kill()
         self.close()
 
     def close(self):
-        "It ends when there is nothing more to read"
-        if self.process:
-            self.process.stdin.close()
-            self.process.wait()
-            self.process = None
+        "Not by the end of its input alone: processes that others have forked from this one hold that open too"
+        if not self.process: return
+        self.process.kill()
+        self.process.stdin.close()
+        self.process.wait()
+        self.process = None
 
 
 def left(n, what, folder): return [torch.load(folder/f'{what}-{n}-{r}.pt', weights_only=False) for r in range(n)]      # our own, just written

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from resnet_fastai.core import ResNet
 from resnet_fastai.engine.files import DataError, PhotoError
 from resnet_fastai.model import Block, build_net
 from resnet_fastai.training import WarmUp
@@ -265,6 +266,35 @@ def test_published_weights_make_their_errors_exactly(shared_data, depth, error):
     x, y = cifar.cifar10(shared_data/'cifar10')['test']
     wrong = cifar.predict(cifar.published_net(shared_data/'cifar10_weights'/f'resnet{depth}.th'), x).argmax(1) != y
     assert wrong.sum().item() == round(error*10_000)
+
+
+def weights_script(monkeypatch):
+    monkeypatch.syspath_prepend(str(experiments))
+    spec = importlib.util.spec_from_file_location('cifar10_weights_script', experiments/'cifar10_weights.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_our_own_weights_make_the_error_that_their_card_says(shared_data):
+    model, card = ResNet.load(experiments/'results'/'cifar10_resnet20'), (experiments/'results'/'cifar10_resnet20'/'config.json').read_text()
+    data = cifar.cifar10(shared_data/'cifar10')
+    x, y = data['test']
+    assert model.stats.mean == pytest.approx(cifar.mean_std[0], abs=5e-5)            # as published
+    mean = torch.tensor(model.stats.mean).float()[:, None, None]
+    wrong = cifar.predict(model.net.eval(), x, lambda b: b.float()/255 - mean).argmax(1) != y
+    assert f'test error {wrong.double().mean():.2%};' in card and [model.labels.by_index[i] for i in range(10)] == list(data['classes'])
+
+
+def test_a_finished_run_becomes_a_model_to_start_from(folder, run, tmp_path, monkeypatch):
+    script, (learn, told) = weights_script(monkeypatch), run('whole')
+    monkeypatch.setattr(script, 'results', tmp_path)
+    model, error = script.model_of(tmp_path/'whole', cifar.cifar10(folder, tmp_path/'cache'))
+    state = model.net.state_dict()
+    assert all(torch.equal(v.cpu(), state[k]) for k, v in learn.model.state_dict().items())
+    assert model.labels.encoding == {c: i for i, c in enumerate(classes)} and 0 <= error <= 1
+    (tmp_path/'whole.json').write_text(json.dumps(told | dict(updates_done=7)))
+    with pytest.raises(DataError, match='no finished run: 7 of 8 updates'): script.model_of(tmp_path/'whole', cifar.cifar10(folder, tmp_path/'cache'))
 
 
 # ── Batches and the recipe ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -58,7 +58,7 @@ def windows(monkeypatch):
 def elsewhere(act):
     "What another process says to it"
     ours, theirs = os.pipe()
-    if not os.fork():
+    if not (pid := os.fork()):
         lock._mine.clear()
         try: said = str(act())
         except DataError as e: said = str(e)
@@ -66,7 +66,7 @@ def elsewhere(act):
         os._exit(0)
     os.close(theirs)
     with open(ours) as f: said = f.read()
-    os.wait()
+    os.waitpid(pid, 0)
     return said
 
 

@@ -537,7 +537,7 @@ class Checkpoint(Callback):
             if len(df) == 1 or {*self.history.rows[-1]} != {*self.history.rows[0]} or not path.exists():
                 _write_through(path, df.to_csv(index=False).encode())
             else:
-                with open(path, 'a') as f: f.write(df[-1:].to_csv(index=False, header=False)); f.flush(); os.fsync(f.fileno())
+                with open(path, 'ab') as f: f.write(df[-1:].to_csv(index=False, header=False).encode()); f.flush(); os.fsync(f.fileno())
 
     def find(self) -> dict|None: # The state; None where the folder has none
         "Read the newest whole checkpoint of the folder, if it is of this run; the next fit begins there"

@@ -146,7 +146,8 @@ def _finish(dest, root, photos, records, note):
         row, at, size, crc = np.array(r['rows'], np.int64).T
         columns[:,row] = at + begin, size, crc
         begin += r['bytes']//block
-    (dest/'SHA256SUMS').write_text(''.join(f"{r['sha256']}  {r['name']}\n" for r in records))
+    sums = ''.join(f"{r['sha256']}  {r['name']}\n" for r in records)
+    (dest/'SHA256SUMS').write_bytes(sums.encode())                    # not write_text: sha256sum takes \r for a part of the name
     write_index(dest, [[r['name'], r['bytes'], r['sha256']] for r in records], photos.names.tolist(), columns, note)
     for p in (dest/_begun).iterdir():
         if p.name != '.lock': p.unlink()                              # that one is still in use
