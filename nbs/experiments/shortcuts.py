@@ -3,7 +3,7 @@
     python nbs/experiments/shortcuts.py CIFAR10                      # six nets, five seeds; CIFAR10 as for cifar10.py
 
 Photos keep their 32×32 pixels: the first stage sees 8×8, the last one 1×1. Crops, flips, optimiser and rate are the library's, the rate
-falls to a tenth in the last quarter. Every run is stored in results/shortcuts.json as soon as it is done; the same command goes on with
+falls to a tenth in the last quarter. Every run is stored in results/shortcuts.json as soon as it is done; the same command adds
 those that are missing."""
 import argparse
 import json
@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
+from scipy.stats import t as student
 
 from cifar10 import LastUpdate, cifar10, cifar_dls, commit, epochs, machine
 from resnet_fastai.engine.files import DataError, write_json
@@ -103,8 +104,7 @@ def ends(
 
 def half_interval(x):
     "Half of Student's 95 % interval of a mean"
-    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}[len(x)]
-    return t*x.std(ddof=1)/len(x)**.5
+    return student.ppf(.975, len(x) - 1)*x.std(ddof=1)/len(x)**.5
 
 
 def differences(
@@ -134,7 +134,7 @@ def plot_curves(
             ax.plot(errors['mean'], dash, color=color, lw=2, label=f"{name}: {errors['mean'].iloc[-1]:.1f} %")
             ax.fill_between(errors.index, errors['min'], errors['max'], color=color, alpha=.15, lw=0)
         ax.set_xlabel('updates'); ax.legend(fontsize=9); ax.grid(alpha=.3)
-    axs[0].set_ylabel('training error, %')
+    axs[0].set(ylabel='training error, %', ylim=(100*rows.train_error.min() - 25, None))     # room for the names
     return fig
 
 
