@@ -563,6 +563,33 @@ def _evaluate(
         answer(dict(split=split.value, errors=found), table([_errors_shown(row) for row in found]))
 
 
+def _protocol_shown(row):
+    "A row of `choose` as people read it"
+    return dict(protocol=row.protocol, photos=row.photos, **{'top-1 error': f'{row.top1_error:.2%}',
+                '95 %': f'{row.top1_low:.1%} to {row.top1_high:.1%}', 'log loss': f'{row.log_loss:.4f}', 'crops': row.crops})
+
+
+@app.command('choose', short_help='which crops to predict with, by the validation photos')
+def _choose(
+    model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
+    data_path: Data, label_path: Labels = None,
+    folders: ByFolders = False,
+    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with the best of them; without it they are '
+                                                    'only shown')] = None,
+    as_json: Json = False,
+):
+    """Compare 1, 10 and 50 crops and the dense way, at the paper's scales and at those of the training, on the validation photos.
+
+    Example: resnet-fastai choose flowers photos labels.json --to flowers-chosen"""
+    with answering(as_json) as answer, _labelled(data_path, (label_path,), folders) as (photos, labels, *_):
+        from resnet_fastai.core import ResNet
+        net = ResNet.load(model)
+        rows = net.choose_protocol(data_path=photos, label_path=labels)
+        if to: net.save(to)
+        shown = table([_protocol_shown(r) for r in rows.itertuples()])
+        answer(dict(protocols=records(rows), model=to), shown + f'\nsaved in {plain(_near(to))}'*bool(to))
+
+
 def _answers(net, photos, n, to, min_prob=None):
     "Dicts of photo, error, labels, and, where there is a threshold, whether the first label reaches it"
     from resnet_fastai.engine.files import DataError
@@ -613,33 +640,6 @@ def _predict(
         if to: lines = [f'{len(found):,} photos in {plain(to)}, {len(bad):,} of which cannot be read']
         if lines or as_json: answer(found, '\n'.join(lines))
         if bad: raise typer.Exit(1 if len(bad) == len(found) else _unless_many(3))
-
-def _protocol_shown(row):
-    "A row of `choose` as people read it"
-    return dict(protocol=row.protocol, photos=row.photos, **{'top-1 error': f'{row.top1_error:.2%}',
-                '95 %': f'{row.top1_low:.1%} to {row.top1_high:.1%}', 'log loss': f'{row.log_loss:.4f}', 'crops': row.crops})
-
-
-@app.command('choose', short_help='which crops to predict with, by the validation photos')
-def _choose(
-    model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
-    data_path: Data, label_path: Labels = None,
-    folders: ByFolders = False,
-    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with the best of them; without it they are '
-                                                    'only shown')] = None,
-    as_json: Json = False,
-):
-    """Compare 1, 10 and 50 crops and the dense way, at the paper's scales and at those of the training, on the validation photos.
-
-    Example: resnet-fastai choose flowers photos labels.json --to flowers-chosen"""
-    with answering(as_json) as answer, _labelled(data_path, (label_path,), folders) as (photos, labels, *_):
-        from resnet_fastai.core import ResNet
-        net = ResNet.load(model)
-        rows = net.choose_protocol(data_path=photos, label_path=labels)
-        if to: net.save(to)
-        shown = table([_protocol_shown(r) for r in rows.itertuples()])
-        answer(dict(protocols=records(rows), model=to), shown + f'\nsaved in {plain(_near(to))}'*bool(to))
-
 
 def _calibration_shown(row):
     "A row of `calibrate` as people read it"
