@@ -21,7 +21,8 @@ class Ranks:
 
     def start(self):
         self.lines = []
-        self.process = subprocess.Popen([sys.executable, program, 'serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | quiet)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, program, 'serve'], env=os.environ | quiet, **pipes)
         threading.Thread(target=lambda p, lines: lines.extend(p.stdout), args=(self.process, self.lines), daemon=True).start()
 
     def ask(self, kind, folder, *what):

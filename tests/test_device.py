@@ -31,7 +31,8 @@ def four_gpus(monkeypatch):
     return chosen
 
 
-@pytest.mark.parametrize('device,index', [(0, 0), (3, 3), (np.int64(2), 2), ('1', 1), ('cuda:1', 1), ('cuda', None), (torch.device('cuda', 2), 2), (None, 0)])
+@pytest.mark.parametrize('device,index', [(0, 0), (3, 3), (np.int64(2), 2), ('1', 1), ('cuda:1', 1), ('cuda', None), (torch.device('cuda', 2), 2),
+                                          (None, 0)])
 def test_a_gpu_by_all_its_names(four_gpus, device, index):
     assert as_device(device) == torch.device('cuda' if index is None else f'cuda:{index}')
 
@@ -43,7 +44,8 @@ def test_a_gpu_that_is_not_there(four_gpus, device):
 
 @pytest.mark.parametrize('device', ['gpu', True, -1, 1.5, 'cuda:x', 'cpu '*500])
 def test_what_is_no_device(device):
-    with pytest.raises(DataError, match="^device is .*; it must be 'cpu', 'cuda', 'cuda:1', the index of a GPU, or a torch.device$") as e: as_device(device)
+    with pytest.raises(DataError, match="^device is .*; it must be 'cpu', 'cuda', 'cuda:1', the index of a GPU, or a torch.device$") as e:
+        as_device(device)
     assert len(str(e.value)) < 200
 
 

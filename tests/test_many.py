@@ -4,9 +4,7 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -141,7 +139,8 @@ def free_port():
 
 @pytest.mark.slow
 def test_two_machines_of_two_processes_each(ranks, folder, alone, free_port):
-    both = [ranks.agent(folder, 'plain-machines', *machine, '--nnodes', 2, '--nproc-per-node', 2, '--rdzv-endpoint', f'127.0.0.1:{free_port}') for _ in range(2)]
+    options = *machine, '--nnodes', 2, '--nproc-per-node', 2, '--rdzv-endpoint', f'127.0.0.1:{free_port}'
+    both = [ranks.agent(folder, 'plain-machines', *options) for _ in range(2)]
     codes = [ranks.wait(folder, a) for a in both]
     assert [code for code, _ in codes] == [0, 0], codes[1][1]
     trained_as_one([one['plain'] for one in left(4, 'plain-machines', folder)], alone['plain'])
@@ -160,7 +159,8 @@ def test_accelerate_launch(folder, alone, free_port):
 @pytest.mark.slow
 def test_torchrun_goes_on_whatever_dies(ranks, folder, moved, free_port):
     "One machine; a second one joins; a rank is killed; one hangs; the second machine is lost. 12 updates, and the weights of a run that nobody touched"
-    options = *machine, '--nnodes', '1:2', '--nproc-per-node', 1, '--max-restarts', 8, '--rdzv-endpoint', f'127.0.0.1:{free_port}', '--rdzv-conf', 'last_call_timeout=2'
+    options = *machine, '--nnodes', '1:2', '--nproc-per-node', 1, '--max-restarts', 8, '--rdzv-conf', 'last_call_timeout=2'
+    options += '--rdzv-endpoint', f'127.0.0.1:{free_port}'
     env = dict(PET_SHUTDOWN_TIMEOUT='3', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
     first = ranks.agent(folder, 'elastic', *options, MACHINE='1', **env)
     until((folder/'alone').exists)

@@ -143,6 +143,7 @@ def docs(monkeypatch):
     ('<img srcset="https://example.org/a.png 2x">', 'another host'),
     ('<p>see [<code>Accumulate</code>](training.ipynb)</p>', 'stayed Markdown'),
     ('<p>see [this](https://example.org/any)</p>', 'stayed Markdown'),
+    ('<p><a href="b.html"><code>A.b</code></a>{#a.b}</p>', 'stayed Markdown'),
     ('<pre>print("[e](https://example.org/f)")</pre>', None),
     ('<div class="cell-output"><div><table><tr><td>[e](a.html)</td></tr></table></div></div>', None),
     ('<p>(see [1](and more))</p>', None),

@@ -58,19 +58,25 @@ def test_it_goes_on_in_the_next_fit_and_falls_never(photos):
 @pytest.mark.parametrize('schedule', [None, MultiStepLR(updates=(3,))])
 def test_no_drop_meanwhile(photos, schedule):
     "A plateau that would drop after each epoch waits for its end; one that was given a time in it has none"
-    m = fit(photos, 4, GradualWarmUp(epochs=2.5, start=.1), **dict(patience=0, min_delta=10) if schedule is None else dict(schedule=schedule))
+    m = fit(photos, 4, GradualWarmUp(epochs=2.5, start=.1), **drops if schedule is None else dict(schedule=schedule))
     assert m.learn.recorder.lrs[30:33] == [.4]*3                         # the whole rate from the middle of the third epoch on
-    drops = m.learn.plateau_lr.drops if schedule is None else schedule.drops
-    assert [d['epoch'] for d in drops] == ([2, 3] if schedule is None else [])
+    dropped = m.learn.plateau_lr.drops if schedule is None else schedule.drops
+    assert [d['epoch'] for d in dropped] == ([2, 3] if schedule is None else [])
+
+
+drops = dict(patience=0, min_delta=10)                                   # after each epoch but the first
+
+
+@pytest.fixture(scope='module')
+def whole(photos): return fit(photos, 3, GradualWarmUp(epochs=1.25), **drops)
 
 
 @pytest.mark.parametrize('n', [3, 4, 11, 15])
-def test_resumed_is_untouched(photos, tmp_path, n):
+def test_resumed_is_untouched(photos, whole, tmp_path, n):
     "In the middle of an update, between two, at an epoch's end, after the warm-up: to the bit, with the drops that follow"
-    kw, kept = dict(patience=0, min_delta=10), dict(run_folder=tmp_path/'run', every=1)
-    whole = fit(photos, 3, GradualWarmUp(epochs=1.25), **kw)
-    with pytest.raises(Stop): fit(photos, 3, GradualWarmUp(epochs=1.25), At(n), **kw, **kept)
-    again = fit(photos, 3, GradualWarmUp(epochs=1.25), resume=True, **kw, **kept)
+    kw = dict(run_folder=tmp_path/'run', every=1) | drops
+    with pytest.raises(Stop): fit(photos, 3, GradualWarmUp(epochs=1.25), At(n), **kw)
+    again = fit(photos, 3, GradualWarmUp(epochs=1.25), resume=True, **kw)
     assert whole.learn.lr == again.learn.lr == pytest.approx(.004) and len(whole.learn.plateau_lr.drops) == 2
     assert again.learn.recorder.lrs == whole.learn.recorder.lrs
     for a, b in zip(whole.net.state_dict().values(), again.net.state_dict().values()): assert torch.equal(a, b)

@@ -126,7 +126,8 @@ def shown_exports(cell, module, lesson, seen):
     "An exported cell as the site shows it: its names, which lead to the reference, above the source; guides fold the source"
     names = [n for n in names_of(cell.source) if n not in seen]
     seen.update(names)
-    links = ' '.join(f'[`{n}`](/api/{module}.md#{n.lower()}){{#{n.lower()}}}' for n in names)
+    place = lambda n: f'<span id="{n.lower()}"></span>'          # an attribute, {#…}, may have no dot and no double underscore
+    links = ' '.join(f'{place(n)}[`{n}`](/api/{module}.md#{n.lower()})' for n in names)
     bar = [nbformat.v4.new_markdown_cell(f'::: {{.exported}}\n{links} [{module}](/api/{module}.md)\n:::')] if names else []
     if not lesson and 'exports' not in cell.directives_:
         summary = f"Source of {', '.join(names)}" if names else 'Source of helpers' if re.search(r'^(def|class) ', cell.source, re.M) else 'Imports'
@@ -313,7 +314,7 @@ def css_urls(text): return re.findall(r'(?:@import\s+(?:url\()?|url\()\s*["\']?(
 
 
 # What no reader should see: Markdown that stayed Markdown, and names and paths that a run on some machine left behind
-raw_link = re.compile(r'\]\((?:https?://|#|[\w./-]+\.(?:ipynb|html|md|py|json)\b)[^)]*\)')
+raw_link = re.compile(r'\]\((?:https?://|#|[\w./-]+\.(?:ipynb|html|md|py|json)\b)[^)]*\)|\{#[\w.-]+\}')
 leftover = re.compile(r'<[^<>]* at 0x[0-9a-f]{6,}>|\b__main__\.\w+|\S*/site-packages/\S*')
 
 

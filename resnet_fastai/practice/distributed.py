@@ -17,7 +17,8 @@ class GradualWarmUp(Callback):
         epochs:float=5, # Epochs until the learner's own rate is reached
         start:float=.1, # Rate of the first update; where the learner's own is smaller, that
     ):
-        if epochs <= 0 or start < 0: raise DataError(f"GradualWarmUp has epochs={epochs!r} and start={start!r}; it needs more than 0 epochs, and no negative rate")
+        if epochs <= 0 or start < 0:
+            raise DataError(f"GradualWarmUp has epochs={epochs!r} and start={start!r}; it needs more than 0 epochs, and no negative rate")
         self.epochs,self.start,self.done = epochs,start,0
 
     def before_fit(self):
