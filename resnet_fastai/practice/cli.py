@@ -499,7 +499,7 @@ def resume(
         args |= {k: v for k,v in _kept(dict(epochs=epochs, model=model)).items() if v is not None}
         _refuse_taken(Path(args['model']), run)
         net = _ready(args, run)
-        net.learn.checkpoint.find()                           # or its complaint, and nothing has been changed
+        net.learn.checkpoint.find()                           # or its error, and nothing has been changed
         write_json(run/'args.json', args)
         _fit(net, args, run, answer)
 
