@@ -163,6 +163,7 @@ def test_what_helps_is_compared_draw_by_draw(monkeypatch, folder, tmp_path):
         if row['way'] == 'nothing': continue
         ci = ttest_rel(mine, plain).confidence_interval()
         assert (row['low'], row['difference'], row['high']) == pytest.approx((ci.low, np.subtract(mine, plain).mean(), ci.high), abs=1e-4)
+        assert row.get('small_difference', 0) == 0 and ('small_low' in row) == (row['draw'] == 'uneven')
     (folder/'train'/'dots'/'new.jpg').write_bytes(next((folder/'train'/'dots').iterdir()).read_bytes())
     asked.clear()
     assert len(module.compare(folder, file, seeds=1, out=tmp_path/'out.json')) == 9 == len(asked)       # other photos: nothing is taken over
@@ -198,6 +199,15 @@ def test_stored_colours():
         assert s['eigval'] == sorted(s['eigval'], reverse=True) and len(s['mean']) == 3
     samples = np.array(found['sets']['photos']['eigvec'])
     assert (abs((samples*imagenet_stats.eigvec).sum(0)) > .98).all()
+
+
+def test_stored_help(monkeypatch):
+    "Five draws of each way, the same photos on each; the summary is that of the runs"
+    module, kept = script('what_helps', monkeypatch), json.loads((experiments/'results'/'what_helps.json').read_text())
+    assert {(r['draw'], r['way'], r['seed']) for r in kept['runs']} == {(d, w, s) for d in module.ways for w in module.ways[d] for s in range(5)}
+    assert json.loads(json.dumps(list(module.summary(kept['runs'])))) == kept['summary']
+    assert all(r['tested'] == 240 and r['photos'] == sum(module.class_sizes(r['draw'], 200, r['seed'])) for r in kept['runs'])
+    assert len(kept['data_sha256']) == len(kept['weights_sha256']) == 64 and len(kept['commit']) == 40 and 'what_helps.py' in kept['command']
 
 
 @pytest.mark.parametrize('file', notebooks, ids=lambda p: p.stem)

@@ -76,16 +76,23 @@ def one_run(photos, weights, draw, way, n, epochs, seed):
                 valid_loss=round(float(model.history.valid_loss.iloc[-1]), 4), cpu_seconds=round(time.process_time() - start, 1))
 
 
+def paired(diff):
+    "Mean of differences, and the 95 % interval of Student's t"
+    half = student.ppf(.975, len(diff) - 1)*diff.std(ddof=1)/len(diff)**.5 if len(diff) > 1 else float('nan')
+    return dict(difference=diff.mean(), low=diff.mean() - half, high=diff.mean() + half)
+
+
 def summary(runs):
-    "Each way: mean error over the draws, and what it is above or below 'nothing' on the same draws, with the 95 % interval of Student's t"
+    "Each way: mean error over the draws, of all classes and of the smaller half of uneven ones, and what it is above or below 'nothing' on the same draws"
     found = pd.DataFrame(runs)
-    for (draw, way), r in found.groupby(['draw', 'way'], sort=False):
+    for (draw, way), _ in found.groupby(['draw', 'way'], sort=False):
         r, plain = (found[(found.draw == draw) & (found.way == w)].set_index('seed') for w in (way, 'nothing'))
-        diff = (r.error - plain.error).dropna()
-        half = student.ppf(.975, len(diff) - 1)*diff.std(ddof=1)/len(diff)**.5 if len(diff) > 1 else float('nan')
-        row = dict(draw=draw, way=way, draws=len(r), error=r.error.mean(), small=r.small.mean() if draw == 'uneven' else None)
-        if way != 'nothing': row |= dict(difference=diff.mean(), low=diff.mean() - half, high=diff.mean() + half)
-        yield {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if v == v} | dict(cpu_seconds=round(r.cpu_seconds.mean(), 1))
+        row = dict(draw=draw, way=way, draws=len(r))
+        for name in ('error', 'small') if draw == 'uneven' else ('error',):
+            row[name] = r[name].mean()
+            diff = (r[name] - plain[name]).dropna()
+            if way != 'nothing' and len(diff): row |= {k if name == 'error' else f'{name}_{k}': v for k, v in paired(diff).items()}
+        yield {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items() if v == v} | dict(cpu_seconds=round(r.cpu_seconds.mean(), 1))
 
 
 def compare(photos, weights, photos_drawn=200, seeds=5, epochs=20, out=None):

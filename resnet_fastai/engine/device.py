@@ -17,7 +17,8 @@ def as_device(
     except (RuntimeError, TypeError, ValueError):
         raise DataError(f"device is {quote(device)}; it must be 'cpu', 'cuda', 'cuda:1', the index of a GPU, or a torch.device") from None
     if found.type == 'cuda' and (found.index or 0) >= (n := torch.cuda.device_count()*torch.cuda.is_available()):
-        raise DataError(f"device is {quote(device)}, and PyTorch finds {n or 'no'} GPU{'s'*(n != 1)} here; leave device out, or name another")
+        raise DataError(f"device is {quote(device)}, and PyTorch finds {n or 'no'} GPU{'s'*(n != 1)} here; leave device out, or name "
+                        "another")
     return found
 
 

@@ -22,7 +22,8 @@ class ManyProcesses(Callback):
     def __init__(self): self.net = self.seeded = None
 
     def before_fit(self):
-        if hasattr(self.learn, 'lr_finder'): raise DataError("lr_find runs in one process; start it without torchrun, and train with the rate that it finds")
+        if hasattr(self.learn, 'lr_finder'):
+            raise DataError("lr_find runs in one process; start it without torchrun, and train with the rate that it finds")
         self.run,self.net = not hasattr(self.learn, 'lr_finder'),None
         if not self.seeded: self.compare()
         for dl in self.dls.loaders: dl.rng.setstate(self.on_rank0(dl.rng.getstate))
@@ -49,7 +50,8 @@ class ManyProcesses(Callback):
     def after_batch(self):
         "Stop together; keep what a metric needs that is no mean over photos"
         if self.training and self.between_updates: self.learn.stopping = self.sum(float(self.stopping))[0] > 0
-        if not self.training and hasattr(self, 'recorder') and self.odd: self.seen.append(to_detach([self.pred, *self.yb, self.loss], gather=False))
+        if not self.training and hasattr(self, 'recorder') and self.odd:
+            self.seen.append(to_detach([self.pred, *self.yb, self.loss], gather=False))
 
     def after_train(self):
         if self.net is None: return
@@ -65,7 +67,8 @@ class ManyProcesses(Callback):
     def before_validate(self):
         for b in self.model.buffers(): dist.broadcast(b, 0)
         if not hasattr(self, 'recorder'): return             # fastai takes it away while it fetches predictions
-        self.odd,self.seen = [m for m in self.recorder._valid_mets if not hasattr(m, 'total') and type(m).accumulate is not Metric.accumulate],[]
+        odd = lambda m: not hasattr(m, 'total') and type(m).accumulate is not Metric.accumulate
+        self.odd,self.seen = [m for m in self.recorder._valid_mets if odd(m)],[]
 
     def after_validate(self):
         if not hasattr(self, 'recorder'): return
@@ -117,7 +120,8 @@ def distribute(
     if sync_bn:
         if torch.device(learn.dls.device).type != 'cuda': raise DataError("sync_bn=True needs GPUs; on CPUs BN is each process's own")
         learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(learn.model)
-    if not hasattr(learn.dls.train, 'photos_in'): raise DataError("several processes need loaders of resnet_dls, which give each its share of the photos")
+    if not hasattr(learn.dls.train, 'photos_in'):
+        raise DataError("several processes need loaders of resnet_dls, which give each its share of the photos")
     for dl in learn.dls.loaders: dl.rank,dl.world_size = rank_distrib(),num_distrib()
     learn.dls.train.update = learn.accumulate.bs
     learn.dls.train.photos_in()                            # an update that is too small shows now

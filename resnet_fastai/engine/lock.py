@@ -14,7 +14,8 @@ try: import msvcrt
 except ImportError: msvcrt = None                           # every other system; where both are missing there is no lock
 
 _mine = {}                                                  # {folder: its lock's file}, of this process
-_far = 1 << 30                                              # the byte that is locked on Windows, where nobody reads a locked one: behind the note
+# the byte that is locked on Windows, where nobody reads a locked one: behind the note
+_far = 1 << 30
 
 
 def lock_folder(

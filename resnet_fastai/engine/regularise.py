@@ -67,7 +67,8 @@ class _Mixing:
     "fastai's mixing of photos within a micro-batch; gives the loss back whatever ends the fit"
     stack_y = False
     def before_train(self):
-        if getattr(self.dls.train, 'bs', 2) < 2: raise DataError(f"{self.name} mixes the photos of a micro-batch, and micro_bs=1 leaves none to mix with")
+        if getattr(self.dls.train, 'bs', 2) < 2:
+            raise DataError(f"{self.name} mixes the photos of a micro-batch, and micro_bs=1 leaves none to mix with")
         super().before_train()
 
     def after_train(self):
@@ -97,8 +98,8 @@ class _CutMix(_Mixing, fastai_mixup.CutMix):
 # ── An average of the weights ────────────────────────────────────────────────────────────────────────────────────────────────
 
 class EMA(Callback):
-    """An exponential moving average of weights and BN statistics, one step an update. The network has the average wherever it is looked at (in
-    validation, in best.pt, after the fit); it gets its own weights back to train on.
+    """An exponential moving average of weights and BN statistics, one step an update. The network has the average wherever it is
+    looked at (in validation, in best.pt, after the fit); it gets its own weights back to train on.
 
     The first averages are short: `decay` is at most (1 + updates)/(10 + updates)."""
     order,part_of_run,state_attrs = 80,True,('updates', 'shown', 'other')
@@ -159,7 +160,8 @@ class EarlyStopping(Callback):
         patience:int=5, # Epochs without improvement after which the fit ends
         monitor:str='valid_loss', # A column of the history; smaller is better
     ):
-        if type(patience) is not int or patience < 1: raise DataError(f"early_stopping is {patience!r:.80}; it must be a whole number of epochs from 1 on")
+        if type(patience) is not int or patience < 1:
+            raise DataError(f"early_stopping is {patience!r:.80}; it must be a whole number of epochs from 1 on")
         self.patience,self.monitor,self.best,self.wait,self.trained = patience,monitor,float('inf'),0,False
 
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
@@ -179,7 +181,8 @@ class EarlyStopping(Callback):
         if self.wait >= self.patience: self._stop()
 
     def _stop(self):
-        if self.logger != noop: print(f"no {self.monitor} below {self.best:.4g} for {self.wait} epochs: the training ends after {len(self.learn.history.rows)}")
+        if self.logger != noop:
+            print(f"no {self.monitor} below {self.best:.4g} for {self.wait} epochs: the training ends after {len(self.learn.history.rows)}")
         raise CancelFitException()
 
 
@@ -208,4 +211,5 @@ def in_use(
     "Which of these a learner has, for the card of a model; and `balance`"
     cbs, of = {cb.name: cb for cb in learn.cbs}, dict(mixup='alpha', cutmix='alpha', ema='decay', early_stopping='patience', balance='kind')
     share = getattr(learn.loss_func, 'share', 0)
-    return (dict(label_smoothing=share) if share else {}) | {name: getattr(cbs[name], attr) for name,attr in of.items() if hasattr(cbs.get(name), attr)}
+    return (dict(label_smoothing=share) if share else {}) | {name: getattr(cbs[name], attr) for name,attr in of.items()
+                                                             if hasattr(cbs.get(name), attr)}

@@ -60,8 +60,9 @@ def read_header(
     "What shards.json says, checked"
     try:
         h = json.loads(data)
-        if h['format'] != _format: raise DataError(f"{name} says {str(h['format'])[:60]!r}; this version of resnet_fastai reads {_format!r}. "
-                                                       "Use the version that packed them, or pack the photos again")
+        if h['format'] != _format:
+            raise DataError(f"{name} says {str(h['format'])[:60]!r}; this version of resnet_fastai reads {_format!r}. "
+                            "Use the version that packed them, or pack the photos again")
         starts = [*(start for _,start in h['runs']), h['photos']]
         sizes = [h['photos'], h['width'], *starts, *(size for _,size,_ in h['shards'])]
         rising = starts[0] == 0 and all(a < b for a,b in pairwise(starts))

@@ -37,7 +37,7 @@ class Limits(NamedTuple):
     megabytes: int = 20 # A photo
 
     @property
-    def sent(self): return 8*self.megabytes << 20                               # bytes of a file that a browser may send; `ask` refuses it in words
+    def sent(self): return 8*self.megabytes << 20                           # bytes that a browser may send; `ask` refuses a file in words
 
 
 class Answer(NamedTuple):
@@ -218,7 +218,8 @@ def votes_html(
     if not found: return '<p class="rf-note">This model reads whole photos, every window of them, so there are no crops to show.</p>'
     label, p = answer.best[0]
     sides, calibrated = list(dict.fromkeys(v.side for v in found)), '' if temperature == 1 else ', calibrated,'
-    head = (f'<p>{sum(v.agrees for v in found)} of {len(found)} crops say <b>{_say(label)}</b>; their mean{calibrated} is the answer, {p:.1%}. '
+    head = (f'<p>{sum(v.agrees for v in found)} of {len(found)} crops say <b>{_say(label)}</b>; their mean{calibrated} is the answer, '
+            f'{p:.1%}. '
             '<span class="rf-key rf-yes">agrees</span> <span class="rf-key rf-no">does not</span></p>')
     return f'<section class="rf-votes">{head}{"".join(_scale(s, [v for v in found if v.side == s]) for s in sides)}</section>'
 
@@ -421,7 +422,8 @@ class Page:
         csv = str(write_csv(answers, self.model.labels, tempfile.mkdtemp(dir=self.folder), self.least)) if several else None
         thumbs = [_thumbnail(a) for a in answers] if several else []
         yield {self.drop: None, self.found: [answers, 0], self.verdict: verdict(answers[0], self.least),
-               self.more: gr.update(visible=False), self.csv: gr.update(value=csv, visible=several), self.many: gr.update(value=thumbs, visible=several)}
+               self.more: gr.update(visible=False), self.csv: gr.update(value=csv, visible=several),
+               self.many: gr.update(value=thumbs, visible=several)}
         yield from self._details(answers[0])
 
     def select(self, found, i):
@@ -475,7 +477,8 @@ def web_app(
     page.blocks.queue(max_size=20)
     nothing_more = dict(footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False)
     app = gr.mount_gradio_app(FastAPI(openapi_url=None), page.blocks, '/', theme=theme, css=css, show_error=True,
-                              allowed_paths=[str(page.folder)], max_file_size=page.limits.sent, head=_hold_back.replace('SENT', str(page.limits.sent)),
+                              allowed_paths=[str(page.folder)], max_file_size=page.limits.sent,
+                              head=_hold_back.replace('SENT', str(page.limits.sent)),
                               **nothing_more)
     if host in local: app = TrustedHostMiddleware(app, [*local, '[', '[::1]'])  # a name of somebody else's that leads here is refused
     return _guarded(app)

@@ -39,7 +39,8 @@ Json = Annotated[bool, typer.Option('--json', help='One JSON document on stdout 
 def limits(
     max_pixels: Annotated[Optional[int], typer.Option(min=1, envvar='RESNET_FASTAI_MAX_PIXELS', help='Read photos of up to so many pixels; '
         "without it Pillow's 178,956,970, and JPEGs of twice as many")] = None,
-    device: Annotated[Optional[str], typer.Option(help="Where to compute: 'cpu', 'cuda:1' or the index of a GPU; without it the GPU where there is one")] = None,
+    device: Annotated[Optional[str], typer.Option(help="Where to compute: 'cpu', 'cuda:1' or the index of a GPU; without it the GPU where "
+                                                       "there is one")] = None,
 ):
     "Deep residual learning on your own photos: the ResNet paper from a shell."
     if max_pixels:
@@ -376,6 +377,40 @@ Schedule = Enum('Schedule', dict(plateau='plateau', one_cycle='one_cycle', fine_
 Augment = Enum('Augment', dict(paper='paper', wide='wide'), type=str)
 
 
+# Options of `train` whose help takes more than a line
+_Folders = Annotated[bool, typer.Option('--folders', help=
+    'The photos lie in train/CLASS/ and val/CLASS/, or in CLASS/ alone, and a fifth is drawn for validation; no label files')]
+_Weights = Annotated[Optional[str], typer.Option(help=
+    "What to start from: imagenet, a Hugging Face name like timm/resnet50.a1_in1k, a file, a saved model's folder; without it "
+    'drawn anew')]
+_Arch = Annotated[Optional[str], typer.Option(help=
+    'The network: resnet18 to resnet152, plain34, cifar_resnet20 …; without it that of the weights, or resnet50')]
+_NOut = Annotated[Optional[int], typer.Option(min=1, help=
+    "Outputs of the network, more than the largest index; without it ImageNet's 1000, or with --weights as few as will do")]
+_Augment = Annotated[Augment, typer.Option(help=
+    "Crops: the paper's, or wide ones that see most of the photo, where the object fills it")]
+_Lr = Annotated[Optional[float], typer.Option(min=0, help=
+    'Initial rate; without it .1 at 256 photos in an update, and in proportion')]
+_Schedule = Annotated[Optional[Schedule], typer.Option(help=
+    'How the rate moves: plateau, one_cycle, or fine_tune: an epoch of the head alone, then --epochs of all layers; without '
+    'it fine_tune with --weights, plateau otherwise')]
+_Precision = Annotated[Optional[Precision], typer.Option(help=
+    'Of the convolutions; without it bf16 where the hardware computes in it, fp32 elsewhere')]
+_Balance = Annotated[Optional[Balance], typer.Option(help=
+    'Small classes count as much as large ones: by as many photos of each in an epoch (sampler), or by weights in the loss; '
+    'without it each photo counts')]
+_LabelSmoothing = Annotated[Optional[float], typer.Option(min=0, help=
+    'Share of each target that is spread over all labels, such as .1')]
+_Ema = Annotated[Optional[float], typer.Option(min=0, help=
+    'Average the weights with this decay, such as .999; the average is validated and saved')]
+_EarlyStopping = Annotated[Optional[int], typer.Option(min=1, help=
+    'Epochs without a better validation loss after which the training ends')]
+_RestoreBest = Annotated[bool, typer.Option('--restore-best', help=
+    'Save the weights of the epoch with the smallest validation loss, not the last ones')]
+_NumWorkers = Annotated[Optional[int], typer.Option(min=0, help=
+    'Processes that load photos; without it as the machine has cores')]
+
+
 @app.command('train', short_help='train on your photos, save the model')
 def _train(
     ctx: typer.Context, data_path: Data,
@@ -383,47 +418,30 @@ def _train(
     label_path: Annotated[Optional[Path], typer.Argument(help='JSON {image id: label}')] = None,
     label_encoding: Annotated[Optional[Path], typer.Argument(help='JSON {label: index}')] = None,
     run: Annotated[Optional[Path], typer.Option(help='A new folder for checkpoints; without it MODEL-run')] = None,
-    folders: Annotated[bool, typer.Option('--folders', help='The photos lie in train/CLASS/ and val/CLASS/, or in CLASS/ alone, and a '
-                                                            'fifth is drawn for validation; no label files')] = False,
+    folders: _Folders = False,
     epochs: Annotated[int, typer.Option(min=1, help='Passes over the training photos')] = 5,
-    weights: Annotated[Optional[str], typer.Option(help="What to start from: imagenet, a Hugging Face name like timm/resnet50.a1_in1k, a "
-                                                        "file, a saved model's folder; "
-                                                        'without it drawn anew')] = None,
-    arch: Annotated[Optional[str], typer.Option(help='The network: resnet18 to resnet152, plain34, cifar_resnet20 …; without it that of '
-                                                     'the weights, or resnet50')] = None,
-    n_out: Annotated[Optional[int], typer.Option(min=1, help="Outputs of the network, more than the largest index; without it ImageNet's "
-                                                             "1000, or with --weights as few as will do")] = None,
+    weights: _Weights = None,
+    arch: _Arch = None,
+    n_out: _NOut = None,
     size: Annotated[Optional[int], typer.Option(min=1, help='Side of the crop, pixels; without it that of the weights, or 224')] = None,
-    augment: Annotated[Augment, typer.Option(help="Crops: the paper's, or wide ones that see most of the photo, where the "
-                                                  'object fills it')] = 'paper',
+    augment: _Augment = 'paper',
     bs: Annotated[Optional[int], typer.Option(min=1, help='Photos in an update; without it 256, or 32 with --weights')] = None,
     micro_bs: Annotated[int, typer.Option(min=1, help='Photos that go through the network at a time; fewer need less memory')] = 32,
-    lr: Annotated[Optional[float], typer.Option(min=0, help='Initial rate; without it .1 at 256 photos in an update, and in '
-                                                               'proportion')] = None,
-    schedule: Annotated[Optional[Schedule], typer.Option(help='How the rate moves: plateau, one_cycle, or fine_tune: an epoch of the head '
-                                                              'alone, then --epochs of all layers; '
-                                                              'without it fine_tune with --weights, plateau otherwise')] = None,
+    lr: _Lr = None,
+    schedule: _Schedule = None,
     patience: Annotated[int, typer.Option(min=0, help='Epochs without a better validation loss before the rate falls')] = 3,
-    precision: Annotated[Optional[Precision], typer.Option(help='Of the convolutions; without it bf16 where the hardware computes in it, '
-                                                                'fp32 elsewhere')] = None,
+    precision: _Precision = None,
     seed: Annotated[int, typer.Option(help='Fixes every draw')] = 42,
     stats: Annotated[Optional[Path], typer.Option(help="Colours, from `stats --save`; without it the training set's")] = None,
     on_bad: Annotated[OnBad, typer.Option(help='What to do about photos that cannot be read or have no label')] = 'error',
-    balance: Annotated[Optional[Balance], typer.Option(help='Small classes count as much as large ones: by as many photos of each in an '
-                                                            'epoch (sampler), or by weights in the loss; '
-                                                             'without it each photo counts')] = None,
-    label_smoothing: Annotated[Optional[float], typer.Option(min=0,
-                                                             help='Share of each target that is spread over all labels, such as .1')] = None,
+    balance: _Balance = None,
+    label_smoothing: _LabelSmoothing = None,
     mixup: Annotated[Optional[float], typer.Option(min=0, help='Blend photos, with this alpha, such as .4')] = None,
     cutmix: Annotated[Optional[float], typer.Option(min=0, help='Cover parts of photos by others, with this alpha, such as 1')] = None,
-    ema: Annotated[Optional[float], typer.Option(min=0, help='Average the weights with this decay, such as .999; the average is validated '
-                                                             'and saved')] = None,
-    early_stopping: Annotated[Optional[int], typer.Option(min=1, help='Epochs without a better validation loss after which the training '
-                                                                      'ends')] = None,
-    restore_best: Annotated[bool, typer.Option('--restore-best', help='Save the weights of the epoch with the smallest validation loss, '
-                                                                      'not the last ones')] = False,
-    num_workers: Annotated[Optional[int], typer.Option(min=0,
-                                                       help='Processes that load photos; without it as the machine has cores')] = None,
+    ema: _Ema = None,
+    early_stopping: _EarlyStopping = None,
+    restore_best: _RestoreBest = False,
+    num_workers: _NumWorkers = None,
     every: Annotated[Optional[int], typer.Option(min=1, help='A checkpoint after so many updates too, not only after each epoch')] = None,
     keep: Annotated[int, typer.Option(min=1, help='So many of the newest checkpoints stay, and the best')] = 2,
     as_json: Json = False,
@@ -481,7 +499,7 @@ def resume(
         args |= {k: v for k,v in _kept(dict(epochs=epochs, model=model)).items() if v is not None}
         _refuse_taken(Path(args['model']), run)
         net = _ready(args, run)
-        net.learn.checkpoint.find()                           # or its complaint, and nothing has been changed
+        net.learn.checkpoint.find()                           # or its error, and nothing has been changed
         write_json(run/'args.json', args)
         _fit(net, args, run, answer)
 
@@ -545,6 +563,33 @@ def _evaluate(
         answer(dict(split=split.value, errors=found), table([_errors_shown(row) for row in found]))
 
 
+def _protocol_shown(row):
+    "A row of `choose` as people read it"
+    return dict(protocol=row.protocol, photos=row.photos, **{'top-1 error': f'{row.top1_error:.2%}',
+                '95 %': f'{row.top1_low:.1%} to {row.top1_high:.1%}', 'log loss': f'{row.log_loss:.4f}', 'crops': row.crops})
+
+
+@app.command('choose', short_help='which crops to predict with, by the validation photos')
+def _choose(
+    model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
+    data_path: Data, label_path: Labels = None,
+    folders: ByFolders = False,
+    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with the best of them; without it they are '
+                                                    'only shown')] = None,
+    as_json: Json = False,
+):
+    """Compare 1, 10 and 50 crops and the dense way, at the paper's scales and at those of the training, on the validation photos.
+
+    Example: resnet-fastai choose flowers photos labels.json --to flowers-chosen"""
+    with answering(as_json) as answer, _labelled(data_path, (label_path,), folders) as (photos, labels, *_):
+        from resnet_fastai.core import ResNet
+        net = ResNet.load(model)
+        rows = net.choose_protocol(data_path=photos, label_path=labels)
+        if to: net.save(to)
+        shown = table([_protocol_shown(r) for r in rows.itertuples()])
+        answer(dict(protocols=records(rows), model=to), shown + f'\nsaved in {plain(_near(to))}'*bool(to))
+
+
 def _answers(net, photos, n, to, min_prob=None):
     "Dicts of photo, error, labels, and, where there is a threshold, whether the first label reaches it"
     from resnet_fastai.engine.files import DataError
@@ -595,33 +640,6 @@ def _predict(
         if to: lines = [f'{len(found):,} photos in {plain(to)}, {len(bad):,} of which cannot be read']
         if lines or as_json: answer(found, '\n'.join(lines))
         if bad: raise typer.Exit(1 if len(bad) == len(found) else _unless_many(3))
-
-def _protocol_shown(row):
-    "A row of `choose` as people read it"
-    return dict(protocol=row.protocol, photos=row.photos, **{'top-1 error': f'{row.top1_error:.2%}',
-                '95 %': f'{row.top1_low:.1%} to {row.top1_high:.1%}', 'log loss': f'{row.log_loss:.4f}', 'crops': row.crops})
-
-
-@app.command('choose', short_help='which crops to predict with, by the validation photos')
-def _choose(
-    model: Annotated[Path, typer.Argument(help='Folder of a saved model')],
-    data_path: Data, label_path: Labels = None,
-    folders: ByFolders = False,
-    to: Annotated[Optional[Path], typer.Option(help='A new folder for the model with the best of them; without it they are '
-                                                    'only shown')] = None,
-    as_json: Json = False,
-):
-    """Compare 1, 10 and 50 crops and the dense way, at the paper's scales and at those of the training, on the validation photos.
-
-    Example: resnet-fastai choose flowers photos labels.json --to flowers-chosen"""
-    with answering(as_json) as answer, _labelled(data_path, (label_path,), folders) as (photos, labels, *_):
-        from resnet_fastai.core import ResNet
-        net = ResNet.load(model)
-        rows = net.choose_protocol(data_path=photos, label_path=labels)
-        if to: net.save(to)
-        shown = table([_protocol_shown(r) for r in rows.itertuples()])
-        answer(dict(protocols=records(rows), model=to), shown + f'\nsaved in {plain(_near(to))}'*bool(to))
-
 
 def _calibration_shown(row):
     "A row of `calibrate` as people read it"
