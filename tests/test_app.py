@@ -1,4 +1,5 @@
 "The page's own functions without a browser: what they say is what the library says; tests/browser/test_page.py clicks through the page."
+import asyncio
 import csv
 import json
 import os
@@ -278,6 +279,18 @@ def test_a_signal_ends_the_page_and_its_folder(name, model, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt): app.serve(model, port=0, ready=ready)
     assert len(found) == 1 and found[0].name.startswith('resnet-fastai-app-') and not list(tmp_path.iterdir())
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
+
+
+def test_the_page_beside_an_event_loop_that_runs_already(model):
+    "A notebook's thread has one"
+    pytest.importorskip('gradio', reason="needs Gradio: pip install -e '.[app]'")
+    answers = []
+    def ready(url): threading.Thread(target=lambda: (answers.append(urllib.request.urlopen(url).status), os.kill(os.getpid(), signal.SIGTERM))).start()
+    async def cell(): app.serve(model, port=0, ready=ready)
+    try: runs = asyncio.get_running_loop()                                # the browser's, where its tests came first
+    except RuntimeError: runs = None
+    with pytest.raises(KeyboardInterrupt): cell().send(None) if runs else asyncio.run(cell())
+    assert answers == [200]
 
 
 def test_gradio_is_told_to_be_silent(page):

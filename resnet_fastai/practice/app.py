@@ -524,6 +524,21 @@ def _as_ctrl_c():
         for s,handler in old.items(): signal.signal(s, handler)
 
 
+def _run(server, s):
+    "Serve in a thread until this one is interrupted: a notebook's thread has an event loop of its own already"
+    failed = []
+    def run():
+        try: server.run(sockets=[s])
+        except BaseException as e: failed.append(e)
+    (thread := threading.Thread(target=run, daemon=True)).start()
+    try:
+        while thread.is_alive(): thread.join(.5)                      # with a limit, so that Windows sees Ctrl-C
+    finally:
+        server.should_exit = True
+        thread.join()
+    if failed: raise failed[0]
+
+
 def serve(
     model, # A `ResNet` that has been trained
     host: str='127.0.0.1', # Address of this machine; '0.0.0.0': other machines can reach the page
@@ -543,4 +558,4 @@ def serve(
         page = Page(model, folder, shown, least, limits, shared=host not in local)
         server = uvicorn.Server(uvicorn.Config(web_app(page, host), log_level='warning', timeout_graceful_shutdown=1))
         ready(f"http://{f'[{host}]' if ':' in host else host}:{s.getsockname()[1]}")
-        server.run(sockets=[s])
+        _run(server, s)
