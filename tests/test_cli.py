@@ -126,7 +126,8 @@ def test_each_command_has_an_example(shell):
 def test_the_defaults_are_those_of_the_library():
     from resnet_fastai.practice.cli import _train
     from resnet_fastai.core import ResNet
-    ours, theirs = signature(_train).parameters, dict(signature(ResNet).parameters) | dict(epochs=signature(ResNet.fit).parameters['epochs'])
+    ours, fit = signature(_train).parameters, signature(ResNet.fit).parameters
+    theirs = dict(signature(ResNet).parameters) | {k: fit[k] for k in ('epochs', 'restore_best')}
     told = [k for k, p in ours.items() if p.default not in (p.empty, None) and k not in ('run', 'folders', 'as_json')]
     assert len(told) > 5 and {k: ours[k].default for k in told} == {k: theirs[k].default for k in told}
 
