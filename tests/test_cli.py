@@ -450,8 +450,22 @@ def test_class_folders(shell, tmp_path):
     assert shell('check', 'classes', '--folders', cwd=tmp_path).out.startswith('nothing is wrong')
     chosen = json.loads(shell('choose', 'm', 'classes', '--folders', '--to', 'chosen', '--json', cwd=tmp_path).out)['protocols'][0]
     assert json.loads((tmp_path/'chosen'/'config.json').read_text())['protocol'] == chosen['protocol'] and chosen['photos'] == len([*(tmp_path/'classes'/'val').glob('*/*')])
+    again = shell('choose', 'm', 'classes', '--folders', cwd=tmp_path)                            # only shown
+    assert again.code == 0 and again.out.splitlines()[1].split()[0] == chosen['protocol'] and 'saved' not in again.out
+    refused(shell('choose', 'm', 'classes', '--folders', '--to', 'chosen', cwd=tmp_path), 'chosen holds a model already; name a new folder with --to')
     measured = json.loads(shell('evaluate', 'chosen', 'classes', '--folders', '--split', 'val', '--json', cwd=tmp_path).out)['errors'][0]
     assert measured['protocol'] == chosen['protocol'] and measured['top1_error'] == chosen['top1_error']
+    cut = tmp_path/'classes'/'val'/sorted(os.listdir(tmp_path/'classes'/'val'))[0]/'cut.jpg'
+    cut.write_bytes(b'\xff\xd8\xff')
+    refused(shell('evaluate', 'm', 'classes', '--folders', '--split', 'val', cwd=tmp_path), str(cut.relative_to(tmp_path)))     # the photo, not a link that is gone
+    refused(shell('evaluate', 'm', 'classes', '--folders', cwd=tmp_path), 'classes has no folder test/')
+    for c in {*labels.values()}:                                                                   # a heap: its val/ exists among the links only
+        for i in range(5):
+            (p := tmp_path/'heap'/c/f'cut{i}.jpg').parent.mkdir(parents=True, exist_ok=True)
+            p.write_bytes(b'\xff\xd8\xff' + f'{c}{i}'.encode())
+    done = shell('evaluate', 'm', 'heap', '--folders', '--split', 'val', cwd=tmp_path)
+    refused(done, "'heap/")
+    assert (tmp_path/done.err.split("'")[1]).is_file()
     assert not (tmp_path/'n-run'/'data').exists()
 
 

@@ -4,6 +4,7 @@ __all__ = ['app', 'Json', 'demo_args', 'Data', 'Labels', 'Encoding', 'ByFolders'
            'split', 'check', 'stats', 'resume']
 
 import csv
+import glob
 import json
 import os
 import shlex
@@ -219,7 +220,26 @@ def _labelled(data_path, files, folders):
         raise typer.BadParameter('name DATA_PATH and the label files; or DATA_PATH and --folders')
     if not folders: yield data_path, *files; return
     from resnet_fastai.data import from_folders
-    with tempfile.TemporaryDirectory() as tmp: yield from_folders(data_path, Path(tmp)/'data')
+    from resnet_fastai.engine.files import DataError
+    with tempfile.TemporaryDirectory() as tmp:
+        links = Path(tmp)/'data'
+        try: yield from_folders(data_path, links)
+        except DataError as e: raise DataError(_behind_links(str(e), links, data_path)) from None
+
+
+def _behind_links(text, links, source):
+    "A message about links, which are soon gone, as one about the photos behind them"
+    for p in links.rglob('*'):
+        if str(p) not in text or p.is_dir(): continue
+        text = text.replace(str(p), str(next((q for q in Path(source).rglob(glob.escape(p.name)) if q.samefile(p)), p)))
+    return text.replace(str(links), str(source))
+
+
+def _refuse_model(to):
+    "Say before anything is measured that a folder cannot take the model"
+    from resnet_fastai.engine.files import DataError
+    if to and any((to/name).exists() for name in ('config.json', 'model.safetensors')):
+        raise DataError(f'{to} holds a model already; name a new folder with --to')
 
 
 @app.command(short_help='draw validation photos from a heap that has none')
@@ -583,11 +603,13 @@ def _choose(
     Example: resnet-fastai choose flowers photos labels.json --to flowers-chosen"""
     with answering(as_json) as answer, _labelled(data_path, (label_path,), folders) as (photos, labels, *_):
         from resnet_fastai.core import ResNet
+        _refuse_model(to)
         net = ResNet.load(model)
         rows = net.choose_protocol(data_path=photos, label_path=labels)
         if to: net.save(to)
-        shown = table([_protocol_shown(r) for r in rows.itertuples()])
-        answer(dict(protocols=records(rows), model=to), shown + f'\nsaved in {plain(_near(to))}'*bool(to))
+        lines = [table([_protocol_shown(r) for r in rows.itertuples()])]
+        if to: lines.append(f'saved in {plain(_near(to))}')
+        answer(dict(protocols=records(rows), model=to), '\n'.join(lines))
 
 
 def _answers(net, photos, n, to, min_prob=None):
@@ -664,6 +686,7 @@ def _calibrate(
     Example: resnet-fastai calibrate flowers photos labels.json --precision .95 --to flowers-sure"""
     with answering(as_json) as answer, _labelled(data_path, (label_path,), folders) as (photos, labels, *_):
         from resnet_fastai.core import ResNet
+        _refuse_model(to)
         net = ResNet.load(model)
         where = dict(split=split.value, data_path=photos, label_path=labels)
         rows = net.calibrate(**where).reset_index(names='when')
