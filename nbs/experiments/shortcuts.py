@@ -98,7 +98,7 @@ def ends(
         rows[name] = dict(parameters=f'{r.parameters.iloc[0]/1e6:.2f} M', seeds=len(r))
         for column in ('train_error', 'test_error'): rows[name][column] = f'{r[column].mean():.1f} ± {half_interval(r[column]):.1f}'
         rows[name]['paper'] = paper[name]
-    columns = {'train_error': 'training error, %', 'test_error': 'test error, %', 'paper': 'paper, ImageNet, %'}
+    columns = {'train_error': 'training error, %', 'test_error': 'test error, %', 'paper': 'paper, %'}
     return pd.DataFrame(rows).T.rename(columns=columns)
 
 
