@@ -116,6 +116,15 @@ def resumed(paths, out, folder, die_at=None):
     torch.save(dict(weights=weights(m), rows=m.learn.history.rows, lr=m.learn.lr, draw=torch.rand(2)), out)
 
 
+def all_die():
+    "Killed by one of them, while the others wait: none lives to see that another died, and to be told to end"
+    pids = [None]*ranks
+    torch.distributed.all_gather_object(pids, os.getpid())
+    if rank == ranks - 1:
+        for pid in pids: os.kill(pid, signal.SIGKILL)                   # its own is the last
+    while True: signal.pause()
+
+
 class Diary(Callback):
     "A line for each photo that is trained on: epoch, number, checksum of its pixels; all processes die before one update, or one is told to end (t)"
     order = -20
@@ -125,7 +134,7 @@ class Diary(Callback):
     def before_batch(self):
         if not self.training: return
         if self.die_at and self.updates == int(self.die_at[-1]):
-            if self.die_at[0] != 't': os.kill(os.getpid(), signal.SIGKILL)
+            if self.die_at[0] != 't': all_die()
             elif rank == ranks - 1 and not self.stopping: os.kill(os.getpid(), signal.SIGTERM)
         idxs = self.dls.train._DataLoader__idxs[self.at:self.at + len(self.xb[0])]
         self.at += len(idxs)
