@@ -69,7 +69,7 @@ def five_boxes(
     w:int, h:int, # Size of the resized photo, pixels
     size:int, # Side of the crop, pixels
 ) -> list: # Of (left, upper, right, lower)
-    "The test crops: top left, top right, bottom left, bottom right, centre"   # §4.1, as in AlexNet
+    "The test crops: top left, top right, bottom left, bottom right, centre"   # §3.4, [21] §4.1
     r, b = w-size, h-size
     corners = [(0, 0), (r, 0), (0, b), (r, b), (round(r/2), round(b/2))]
     return [(x, y, x+size, y+size) for x, y in corners]

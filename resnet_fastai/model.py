@@ -131,7 +131,7 @@ def ZeroPadBlock(
     return Block(ni, nf, stride, 'zeros', layers, stride_at)
 
 # %% ../nbs/01_model.ipynb #2fb4644a
-_options = dict(A=('identity', 'zeros'), B=('identity', 'projection'),       # §3.3
+_options = dict(A=('identity', 'zeros'), B=('identity', 'projection'),  # §3.3, §4.1
                 C=('projection', 'projection'), none=('none', 'none'))
 
 def stage(
