@@ -211,6 +211,8 @@ def test_plot_history(once):
     smooth = plot_history(df.assign(lr=.1*.8**np.arange(len(df))))       # no steps: a line for each epoch would hide the curves
     assert not any(line.get_linestyle() == ':' for line in smooth.axes[0].lines)
     plot_history(df.drop(columns=['train_error', 'top5_error']))         # a history of an older model, or of two classes
+    for none in (df[:0], df[:0][[]]):                                    # of a network that nobody has trained
+        with pytest.raises(DataError, match='no epoch yet'): plot_history(none)
 
 
 def test_defaults(demo, once):
