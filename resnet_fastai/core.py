@@ -179,7 +179,8 @@ def predict(self:ResNet,
 ) -> np.ndarray: # (n_out,) float32 that sums to 1; for a list or folder a row each
     "The probabilities of a photo, averaged over 50 crops, or as `choose_protocol` has chosen"
     t = require_trained(self)
-    probs = predict_probs(t.net, image, t.stats, t.size, **dict(protocol=t.protocol) | kwargs)
+    given = {k: v for k,v in kwargs.items() if v is not None}
+    probs = predict_probs(t.net, image, t.stats, t.size, **dict(protocol=t.protocol) | given)
     return tempered(probs, t.temperature if temperature is None else temperature)
 
 @patch

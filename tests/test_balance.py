@@ -17,6 +17,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import DataError, demo_data, resnet_dls
 from resnet_fastai.engine.balance import balanced_order, BalancedError, BalancedLoss, class_weights
+from resnet_fastai.engine.finite import batch_names, LossError
 from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.engine.scores import error_rows
 from resnet_fastai.inference import predict_probs
@@ -180,6 +181,31 @@ def test_history_and_table_say_what_it_did(uneven, kind, capsys):
     assert table[column].to_dict() == pytest.approx({label: 38/4/n for label, n in table.photos.items()})
     whole, per = m.evaluate(split='val', protocol='1crop'), m.evaluate(split='val', protocol='1crop', per_class=True)
     assert per.top1_error.mean() == pytest.approx(whole.balanced_error[0]) and 'balanced_error' not in per
+
+
+def test_other_learners_over_the_same_loaders_draw_as_they_would(uneven):
+    "The loader is balanced for the learner that asked, while it trains"
+    dls = resnet_dls(*uneven, n_out=None, micro_bs=4, size=32, num_workers=0)
+    class Tally(Callback):
+        def before_fit(self): self.targets = Counter()
+        def after_batch(self): self.targets.update(self.yb[0].tolist()*self.training)
+    even, plain = (resnet_learner(dls, 'cifar_resnet8', bs=8, balance=kind, cbs=Tally()) for kind in ('sampler', None))
+    for learn, expected in ((plain, [24, 9, 4, 1]), (even, [10, 10, 9, 9]), (plain, [24, 9, 4, 1]), (even, [10, 10, 9, 9])):
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        assert sorted(learn.tally.targets.values(), reverse=True) == expected
+
+
+def test_a_batch_without_a_loss_is_named_also_where_photos_come_again(uneven):
+    "Its names are the photos of its targets"
+    found = []
+    class Spoil(Callback):
+        order = 4
+        def after_loss(self):
+            if self.training and self.iter == 7: self.learn.loss_grad = self.learn.loss = self.loss*float('nan')
+            names = batch_names(self.dl, self.iter)
+            found.append([self.dls.labels(n) for n in names] == [self.dls.vocab[int(i)] for i in self.yb[0]])
+    with pytest.raises(LossError, match='training batch 7'): fit(ResNet(*uneven, **settings, balance='sampler', n_out=None, cbs=Spoil()))
+    assert len(found) == 8 and all(found)
 
 
 def test_the_interval_of_the_balanced_error_covers():

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from inspect import signature
 from pathlib import Path
 
@@ -18,6 +19,18 @@ from patience import run, until
 commands = ['demo', 'split', 'check', 'stats', 'train', 'resume', 'evaluate', 'choose', 'predict', 'calibrate', 'export', 'app']
 small = '--arch cifar_resnet8 --size 32 --bs 8 --num-workers 0'.split()
 labelled = ['photos', 'photos/labels.json', 'photos/encoding.json']
+
+
+def hold(*places):
+    "Before the checkpoint of each of these batches, wait for a file held-N or a signal: no machine is too quick or too slow for the test"
+    from resnet_fastai.training import Checkpoint
+    save, left = Checkpoint.save, list(places)
+    def held(self, *args):
+        while left and self.batches >= left[0] and not self.stopping:
+            if os.path.exists(f'held-{left[0]}'): left.pop(0)
+            time.sleep(.01)
+        save(self, *args)
+    Checkpoint.save = held
 
 
 def serve():
@@ -38,6 +51,7 @@ def serve():
                     os.dup2(os.open(path, os.O_RDWR | os.O_NOCTTY, 0o600), fd)
                 for name, fd in ('stdout', 1), ('stderr', 2): setattr(sys, name, open(fd, 'w', encoding=job['encoding'], closefd=False))
                 signal.signal(signal.SIGINT, signal.SIG_IGN if job['background'] else signal.default_int_handler)
+                hold(*job['hold'])
                 main([os.fsdecode(bytes.fromhex(a)) for a in job['args']])
             except SystemExit as e: code = e.code or 0
             except BaseException:
@@ -61,12 +75,12 @@ class Shell:
         self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                        env=os.environ | dict(COLUMNS='120', PYTHONWARNINGS='ignore', MPLBACKEND='Agg'))
 
-    def start(self, *args, background=False, tty=None, encoding='utf-8', cwd=None):
-        "Run a command; `wait` tells how it ended"
+    def start(self, *args, background=False, tty=None, encoding='utf-8', cwd=None, hold=()):
+        "Run a command, which may have to `hold`; `wait` tells how it ended"
         self.paths = [tty or str(self.folder/name) for name in ('out', 'err')]
         if not tty: [Path(p).write_text('') for p in self.paths]
         job = dict(args=[os.fsencode(a).hex() for a in args], cwd=str(cwd or self.folder), out=self.paths[0], err=self.paths[1],
-                   background=background, encoding=encoding)
+                   background=background, encoding=encoding, hold=hold)
         self.server.stdin.write(json.dumps(job) + '\n')
         self.server.stdin.flush()
         self.pid = int(self.server.stdout.readline())
@@ -93,6 +107,7 @@ def shell(tmp_path_factory):
 
 
 def checkpoints(run): return sorted(run.glob('checkpoint-*.pt'))
+def batches(run): return max((int(p.stem.split('-')[1]) for p in checkpoints(run)), default=0)
 def weights(model): return (model/'model.safetensors').read_bytes()
 def epochs(model): return len(json.loads((model/'config.json').read_text())['history']['epoch'])
 
@@ -289,8 +304,8 @@ def test_a_terminal_has_bars(shell):
 def stopped(shell, sig, model, **how):
     "A run that got a signal in its second epoch; what it left"
     run = shell.folder/f'{model}-run'
-    shell.start('train', *labelled, '--model', model, *small, '--epochs', '3', '--every', '1', **how)
-    until(lambda: [p for p in checkpoints(run) if int(p.stem.split('-')[1]) > 7])
+    shell.start('train', *labelled, '--model', model, *small, '--epochs', '3', '--every', '1', hold=[9], **how)
+    until(lambda: batches(run) == 8)
     os.kill(shell.pid, sig)
     done = shell.wait()
     assert checkpoints(run) and not (shell.folder/model).exists(), done
@@ -315,11 +330,11 @@ def test_stopped_and_resumed(shell, untouched, sig):
 
 def test_a_background_job_obeys_sigterm_only(shell, untouched):
     run = shell.folder/'behind-run'
-    shell.start('train', *labelled, '--model', 'behind', *small, '--epochs', '3', '--every', '1', background=True)
-    until(lambda: checkpoints(run))
+    shell.start('train', *labelled, '--model', 'behind', *small, '--epochs', '3', '--every', '1', background=True, hold=[3, 9])
+    until(lambda: batches(run) == 2)
     os.kill(shell.pid, signal.SIGINT)
-    n = int(checkpoints(run)[-1].stem.split('-')[1])
-    until(lambda: int(checkpoints(run)[-1].stem.split('-')[1]) > n + 1)
+    (shell.folder/'held-3').touch()
+    until(lambda: batches(run) == 8)
     os.kill(shell.pid, signal.SIGTERM)
     done = shell.wait()
     assert done.code == 130 and 'go on with' in done.err and not (shell.folder/'behind').exists(), done
@@ -334,7 +349,7 @@ def test_killed_and_resumed_from_elsewhere(shell, untouched, tmp_path):
 
 def test_killed_before_the_first_checkpoint(shell, untouched):
     run = shell.folder/'early-run'
-    shell.start('train', *labelled, '--model', 'early', *small, '--epochs', '3')
+    shell.start('train', *labelled, '--model', 'early', *small, '--epochs', '3', hold=[1])
     until(lambda: (run/'args.json').exists())
     os.kill(shell.pid, signal.SIGKILL)
     assert shell.wait().code == -9
@@ -442,7 +457,7 @@ def test_class_folders(shell, tmp_path):
     assert done.code == 0, done
     assert shell('resume', 'm-run', '--epochs', '2', cwd=tmp_path).code == 0 and epochs(tmp_path/'m') == 2
     assert sorted(p.relative_to(tmp_path) for p in (tmp_path/'classes').rglob('*')) == was
-    shell.start('train', 'classes', '--folders', '--model', 'k', *small, '--epochs', '1', cwd=tmp_path)      # killed as soon as there is anything
+    shell.start('train', 'classes', '--folders', '--model', 'k', *small, '--epochs', '1', cwd=tmp_path, hold=[1])      # killed before it has
     until(lambda: (tmp_path/'k-run'/'args.json').exists())
     os.kill(shell.pid, signal.SIGKILL)
     assert shell.wait().code == -9 and shell('resume', 'k-run', cwd=tmp_path).code == 0 and epochs(tmp_path/'k') == 1
@@ -605,8 +620,8 @@ def test_train_fine_tunes_from_weights_and_goes_on_after_a_stop(shell, untouched
     args = ['train', *labelled, '--weights', 'untouched', '--epochs', '2', '--bs', '4', '--num-workers', '0', '--lr', '0.01', '--every', '1']
     done = shell(*args, '--model', 'tuned')
     assert done.code == 0 and epochs(shell.folder/'tuned') == 3, done
-    shell.start(*args, '--model', 'stopped')
-    until(lambda: checkpoints(shell.folder/'stopped-run'))
+    shell.start(*args, '--model', 'stopped', hold=[4])
+    until(lambda: batches(shell.folder/'stopped-run') == 3)
     os.kill(shell.pid, signal.SIGINT)
     assert shell.wait().code == 130
     done = shell('resume', 'stopped-run')

@@ -150,9 +150,25 @@ def test_evaluate_a_loaded_model(learn):
 
 
 @pytest.mark.parametrize('kw, says', [(dict(protocol='3crop'), "must be one of '1crop', '10crop', '50crop', 'dense'"), (dict(average='median'), "must be one of 'probs', 'logits'"),
-                                      (dict(split='tset'), 'evaluate another split')])
+                                      (dict(split='tset'), "must be one of 'train', 'val', 'test'")])
 def test_evaluate_refuses(learn, kw, says):
     with pytest.raises(DataError, match=says): evaluate(learn, **kw)
+
+
+def test_a_split_of_another_folder_needs_a_name_that_exists(learn):
+    where = dict(data_path=learn.dls.path, label_path=learn.dls.path/'labels.json')
+    with pytest.raises(DataError, match="split is 'valid'; it must be one of 'train', 'val', 'test'"): evaluate(learn, 'valid', **where)
+
+
+@pytest.mark.parametrize('what', ['a folder', 'loaders of fastai'])
+def test_what_is_no_model_is_refused_in_words(learn, what):
+    from fastai.vision.all import ImageDataLoaders, Resize
+    def other():
+        files = list(learn.dls.photos['train'][:8])
+        dls = ImageDataLoaders.from_lists(learn.dls.path, files, [p.label for p in files], item_tfms=Resize(48), bs=4, num_workers=0,
+                                           device='cpu', valid_pct=.5)
+        return resnet_learner(dls, 'cifar_resnet8', bs=4)
+    with pytest.raises(DataError, match='no ResNet, nor a learner over resnet_dls'): evaluate('runs/model' if what == 'a folder' else other())
 
 
 def test_plain_crops_answer_the_same_each_time(learn):

@@ -1,11 +1,11 @@
 "Fine-tuning: groups by stage, BN of frozen layers, fastai's own fine_tune as the reference, and runs that break off while layers are frozen."
 import copy
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -181,10 +181,17 @@ def test_a_run_goes_on_from_every_update_to_the_bit(way, train_bn, begun, paths,
         shutil.rmtree(folder)
 
 
+class Die(Callback):
+    "The process's end after its third update"
+    order = 101                                                                   # after `Checkpoint`
+    def after_batch(self):
+        if self.checkpoint.updates == 3: os.kill(os.getpid(), signal.SIGKILL)
+
+
 def in_a_process(photos, labels, encoding, model, folder):
     "The body of the process that is killed"
     torch.set_num_threads(1)
-    model = ResNet(photos, labels, encoding, weights=model, run_folder=folder, every=1, **SETTINGS)
+    model = ResNet(photos, labels, encoding, weights=model, run_folder=folder, every=1, cbs=Die(), **SETTINGS)
     quietly(model, lambda m: m.fine_tune(2, freeze_epochs=2, lr=.05))
 
 
@@ -196,11 +203,9 @@ def test_killed_in_the_middle_of_a_frozen_epoch(begun, paths, tmp_path):
     expected = result(whole)
     args = [*map(str, paths), str(tmp_path/'model'), str(tmp_path/'run')]
     code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_fine_tuning; test_fine_tuning.in_a_process(*sys.argv[1:])'
-    child = subprocess.Popen([sys.executable, '-c', code, *args], stderr=subprocess.DEVNULL)
-    while child.poll() is None and not list((tmp_path/'run').glob('checkpoint-*-batch.pt')): time.sleep(.002)
-    child.send_signal(signal.SIGKILL); child.wait()
+    assert subprocess.run([sys.executable, '-c', code, *args], stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
     left = sorted((tmp_path/'run').glob('checkpoint-*.pt'))
-    assert left and len(list((tmp_path/'run').glob('*'))) < 20
+    assert len(left) == 2 and left[-1].name.endswith('batch.pt')
     again = make(run_folder=tmp_path/'run')
     quietly(again, lambda m: m.fine_tune(2, freeze_epochs=2, lr=.05, resume=True))
     assert not unlike(again, expected), left
@@ -213,6 +218,24 @@ def test_a_run_that_began_with_other_weights_is_refused(begun, paths, tmp_path):
     assert len(model.history) == 2
     other = model.on(*paths, run_folder=tmp_path/'run', **SETTINGS)
     with pytest.raises(DataError, match='another network'): quietly(other, lambda m: m.fine_tune(1, resume=True))
+
+
+def test_a_run_by_one_cycle_goes_on_with_another_cycle(paths, tmp_path):
+    "As a second `fit` does in the same session; killed in the second cycle, too"
+    make = lambda **kw: ResNet(*paths, arch='cifar_resnet8', schedule='one_cycle', lr=.1, **SETTINGS, **kw)
+    whole = make()
+    for n in (2, 3): quietly(whole, lambda m: m.fit(n))
+    expected = result(whole)
+    first = make(run_folder=tmp_path/'run', every=1, keep=None)
+    quietly(first, lambda m: m.fit(2, resume=True))
+    again = make(run_folder=tmp_path/'run', every=1, keep=None)
+    quietly(again, lambda m: m.fit(5, resume=True))
+    assert not unlike(again, expected)
+    (tmp_path/'third').mkdir()
+    shutil.copy(sorted((tmp_path/'run').glob('*-batch.pt'))[-4], tmp_path/'third')
+    third = make(run_folder=tmp_path/'third')
+    quietly(third, lambda m: m.fit(5, resume=True))
+    assert not unlike(third, expected)
 
 
 # ── The best epoch ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,3 +278,14 @@ def test_outputs_as_many_as_the_indices_need(paths, edit):
     assert len(dls.vocab) == max(json.loads(paths.label_encoding.read_text()).values()) + 1 and len(resnet_dls(*paths, size=32, num_workers=0).vocab) == 1000
 
 
+
+
+def test_who_trains_on_has_the_best_epochs_weights_no_longer(begun, paths, tmp_path):
+    model = begun.on(*paths, cbs=[Spoil()], **SETTINGS)
+    epoch = lambda: json.loads((model.save(tmp_path/'model', overwrite=True)/'config.json').read_text())['training'].get('restored_epoch')
+    quietly(model, lambda m: m.fit(3, restore_best=True))
+    assert epoch() == model.learn.restored < 2
+    quietly(model, lambda m: m.learn.validate())
+    assert epoch() is not None
+    quietly(model, lambda m: m.fit(1))
+    assert epoch() is None

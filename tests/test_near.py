@@ -65,7 +65,7 @@ def test_pairs_are_those_of_brute_force(monkeypatch):
     def bits(x, y): return (near.hash_bits(x[None]) != near.hash_bits(y[None])).sum()
     expected = {(i, j) for i, x in enumerate(a) for j, y in enumerate(b) for z in (y, y[:, ::-1]) if bits(x, z) <= 16 and like(x, z) >= .8}
     assert 10 < len(expected) < len(a)*len(b) and pairs(a, b) == expected
-    assert {(i, j) for i, j, _ in near.near_pairs(a, b, chunk=3)} == expected
+    assert {(i, j) for i, j, _ in near.near_pairs(a, b, most=3*len(b))} == expected
 
 
 def test_plain_photos_are_like_nothing():

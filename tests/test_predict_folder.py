@@ -70,3 +70,9 @@ def test_a_folder(tmp_path):
     assert 1 - right == pytest.approx(evaluate(learn, protocol='10crop').top1_error[0])
     assert_frame_equal(ask(), found)                                     # nothing is left to do
     with pytest.raises(DataError, match='begun with another n'): ask(3)
+
+
+def test_a_learner_that_has_not_been_trained_is_refused(drawn, tmp_path):
+    learn = resnet_learner(resnet_dls(*drawn, size=32, num_workers=0), 'cifar_resnet8', bs=8)
+    with pytest.raises(DataError, match='has not been trained'): predict_folder(learn, drawn.data_path/'test', tmp_path/'a.csv')
+    assert not (tmp_path/'a.csv').exists()

@@ -90,6 +90,9 @@ def test_the_choice_is_measured_kept_and_used(model, paths, tmp_path):
     photo = photo_of(paths)
     assert model.protocol == '50crop'
     np.testing.assert_array_equal(model.predict(photo), model.predict(photo, protocol='50crop'))      # until somebody asks for a choice
+    np.testing.assert_array_equal(model.predict(photo), model.predict(photo, protocol=None))          # as `evaluate` and `predict_folder` take it
+    assert model.choose_protocol('1crop').protocol.tolist() == ['1crop'] == [model.protocol]          # a name alone, too
+    model.protocol = '50crop'
     found = model.choose_protocol(precision='fp32')
     shown = evaluate(model, 'val', list(found.protocol), precision='fp32')
     assert found.top1_error.tolist() == shown.top1_error.tolist() and found.top1_low.tolist() == shown.top1_low.tolist()

@@ -10,14 +10,13 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import EarlyStoppingCallback
-from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from torch.utils.data import DataLoader, TensorDataset
 
 from kill_and_resume import result, same
+from whole_batches import trained_as_torch_does
 from resnet_fastai.core import ResNet, train
 from resnet_fastai.data import demo_data, resnet_dls
 from resnet_fastai.engine.balance import BalancedError, BalancedLoss
@@ -25,7 +24,7 @@ from resnet_fastai.engine.checkpoint import read_checkpoint
 from resnet_fastai.engine.cuda_graph import TapeGraph, why_not
 from resnet_fastai.engine.files import DataError
 from resnet_fastai.engine.regularise import EarlyStopping, EMA, SmoothedLoss
-from resnet_fastai.training import Accumulate, Checkpoint, paper_sgd, PlateauLR, resnet_learner
+from resnet_fastai.training import Checkpoint, PlateauLR, resnet_learner
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 settings = dict(arch='cifar_resnet8', size=32, bs=8, micro_bs=4, num_workers=0, precision='fp32', n_out=None)
@@ -58,23 +57,8 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for
 @pytest.mark.parametrize('size,bs,micro_bs', [(50, 16, 8), (37, 16, 4)])
 def test_smoothed_updates_are_those_of_torch(size, bs, micro_bs):
     "Micro-batches come to what torch makes of whole batches with its own loss"
-    torch.manual_seed(size)
-    x, y = torch.randn(size, 6), torch.randint(0, 4, (size,))
-    def net():
-        torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4))
-    theirs, ours = net(), net()
-    opt, loss = torch.optim.SGD(theirs.parameters(), lr=.1, momentum=.9, weight_decay=1e-4), torch.nn.CrossEntropyLoss(label_smoothing=.1)
-    for _ in range(3):
-        for xb, yb in zip(x.split(bs), y.split(bs)):
-            opt.zero_grad()
-            loss(theirs(xb), yb).backward()
-            opt.step()
-    dl = DataLoader(TensorDataset(x, y), batch_size=micro_bs)
-    learn = Learner(DataLoaders(dl, dl, device='cpu'), ours, loss_func=SmoothedLoss(.1), opt_func=paper_sgd, lr=.1, wd_bn_bias=True, cbs=Accumulate(bs))
-    with learn.no_bar(), learn.no_logging(): learn.fit(3)
-    for a, b in zip(theirs.parameters(), ours.parameters()): torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    with torch.no_grad(): plain = F.cross_entropy(ours(x), y).item()
+    learn, x, y = trained_as_torch_does(size, bs, micro_bs, 3, torch.nn.CrossEntropyLoss(label_smoothing=.1), SmoothedLoss(.1))
+    with torch.no_grad(): plain = F.cross_entropy(learn.model(x), y).item()
     assert learn.recorder.values[-1][1] == pytest.approx(plain, rel=1e-5)          # validation is not smoothed
 
 

@@ -1,4 +1,5 @@
 "A run that is killed, interrupted or refused its disk goes on as if nothing had been."
+import copy
 import hashlib
 import io
 import json
@@ -16,11 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import FuncSplitter
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageBlock
@@ -32,6 +36,7 @@ from resnet_fastai.core import ResNet, train
 from resnet_fastai.augment import ColorStats
 from resnet_fastai.data import LabelMap, demo_data
 from resnet_fastai.engine.files import atomic_write, DataError
+from resnet_fastai.engine.balance import BalancedLoss
 from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.engine.checkpoint import read_checkpoint
 from resnet_fastai.engine.finite import LossError
@@ -276,7 +281,29 @@ other_arguments = [('another learning rate: it has 0.003125, you have 0.5', dict
                    ("other callbacks: it has 'plateau_lr': 'patience': 0, you have 'plateau_lr': 'patience': 5", dict(patience=5)),
                    ("other callbacks: .*'multi_step_lr'|other callbacks: .*'plateau_lr'", dict(schedule=MultiStepLR(epochs=(3,)))),
                    ("other callbacks: it has 'gradient_clip': None, you have 'gradient_clip'.*max_norm", dict(cbs=[GradientClip(.1)])),
+                   ('another loss function: it has CrossEntropyLoss.., you have .*label_smoothing=0.1.', dict(label_smoothing=.1)),
+                   ('another loss function: .*you have FocalLoss.gamma=3.', dict(loss_func=FocalLossFlat(gamma=3))),
                    ('other colour statistics', dict(stats=ColorStats([.5]*3, [.2, .02, .01], np.eye(3))))]
+
+
+def weighed(*weights): return CrossEntropyLossFlat(weight=torch.tensor(weights))
+
+
+@pytest.mark.parametrize('one,other', [
+    (LabelSmoothingCrossEntropyFlat(eps=.1), LabelSmoothingCrossEntropyFlat(eps=.2)), (FocalLossFlat(), FocalLossFlat(gamma=3)),
+    (weighed(1., 2.), weighed(2., 1.)), (weighed(1., 2.), CrossEntropyLossFlat()), (torch.nn.CrossEntropyLoss(label_smoothing=.1), torch.nn.CrossEntropyLoss()),
+    (partial(F.cross_entropy, label_smoothing=.1), partial(F.cross_entropy, label_smoothing=.2)),
+    (BalancedLoss(torch.nn.CrossEntropyLoss(), torch.ones(2)), BalancedLoss(torch.nn.CrossEntropyLoss(label_smoothing=.1), torch.ones(2))),
+    (partial(OptimWrapper, opt=torch.optim.Adam), partial(OptimWrapper, opt=torch.optim.SGD))], ids=lambda o: type(o).__name__)
+def test_a_loss_or_an_optimizer_is_known_by_its_strength(one, other):
+    again = copy.deepcopy(one)
+    if hasattr(again, 'reduction'): again.reduction = 'none'                  # as mixing sets it for the time being
+    assert checkpoint._function(one) == checkpoint._function(again) != checkpoint._function(other)
+
+
+@pytest.mark.parametrize('folder', [True, False, 3])
+def test_a_folder_that_is_no_path(photos, folder):
+    with pytest.raises(DataError, match=f'the folder of a run is {folder}; name it'): train(*photos, epochs=1, resume=folder, **settings)
 
 
 @pytest.mark.parametrize('why,kw', other_arguments, ids=lambda x: next(iter(x)) if isinstance(x, dict) else '')

@@ -14,9 +14,10 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
+from whole_batches import trained_as_torch_does
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import demo_data, resnet_dls
-from resnet_fastai.training import Accumulate, PlateauLR, paper_sgd
+from resnet_fastai.training import PlateauLR, paper_sgd
 
 small = dict(size=32, arch='resnet18', bs=8, num_workers=0)
 
@@ -84,23 +85,7 @@ def test_a_rate_given_to_fit_wins_over_the_plateau():
 @pytest.mark.paper('3.4-batch', '3.4-momentum', '3.4-decay')
 @pytest.mark.parametrize('n,bs,micro_bs', [(50, 16, 8), (37, 16, 4), (33, 32, 8), (5, 256, 2)])
 def test_accumulated_updates_are_plain_updates(n, bs, micro_bs):
-    "Without BN, micro-batches give the weights of torch's SGD on whole batches, momentum and decay included"
-    torch.manual_seed(n)
-    x, y = torch.randn(n, 6), torch.randint(0, 4, (n,))
-    def net():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
-    theirs, ours = net(), net()
-    opt = torch.optim.SGD(theirs.parameters(), lr=.1, momentum=.9, weight_decay=1e-4)
-    for _ in range(4):
-        for xb, yb in zip(x.split(bs), y.split(bs)):
-            opt.zero_grad()
-            nn.functional.cross_entropy(theirs(xb), yb).backward()
-            opt.step()
-    dl = DataLoader(TensorDataset(x, y), batch_size=micro_bs)
-    learn = Learner(DataLoaders(dl, dl, device='cpu'), ours, loss_func=CrossEntropyLossFlat(), opt_func=paper_sgd, lr=.1, wd_bn_bias=True, cbs=Accumulate(bs))
-    with learn.no_bar(), learn.no_logging(): learn.fit(4)
-    for a, b in zip(theirs.parameters(), ours.parameters()): torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    trained_as_torch_does(n, bs, micro_bs, 4, nn.functional.cross_entropy, CrossEntropyLossFlat())
 
 
 def test_permuting_the_encoding_permutes_the_outputs(drawn, tmp_path):

@@ -13,12 +13,14 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as T
+from fastai.callback.core import Callback, CancelFitException
 from PIL import Image
 from sklearn.metrics.pairwise import cosine_similarity
 
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import demo_data
 from resnet_fastai.engine.calibration import answered, calibration_error, fit_temperature, log_loss, pick_threshold, tempered
+from resnet_fastai.engine.exact_bn import exact_bn
 from resnet_fastai.engine.files import DataError
 from resnet_fastai.engine.weights import config_sum
 from resnet_fastai.practice.cli import app
@@ -182,6 +184,26 @@ def test_what_was_measured_belongs_to_weights_and_protocol(model, demo, capsys):
         other.fit(1)
     assert (other.temperature, other.min_prob) == (1, None) and 'the temperature and the threshold belonged to other weights' in capsys.readouterr().out
     with pytest.raises(DataError, match='has not been trained'): ResNet(*demo, **tiny).calibrate()
+
+
+@pytest.mark.parametrize('how', ['plain averages in BN', 'a fit that breaks off', 'a checkpoint'])
+def test_weights_that_change_within_an_epoch_take_temperature_and_threshold_along(how, demo, tmp_path):
+    other = ResNet(*demo, **tiny | dict(schedule=None, lr=.01), run_folder=tmp_path/'run')
+    def fit(n, **kw):
+        with other.learn.no_bar(), other.learn.no_logging(): other.fit(n, **kw)
+    fit(1)
+    other.temperature, other.min_prob = 2., .5
+    class Break(Callback):
+        def after_batch(self): raise CancelFitException()
+    if how == 'plain averages in BN': exact_bn(other, 16)
+    elif how == 'a checkpoint': fit(1, resume=True)
+    else:
+        with other.learn.added_cbs(Break()): fit(1)
+    assert len(other.history) == 1 and (other.temperature, other.min_prob) == (1, None)
+    loaded = ResNet.load(other.save(tmp_path/'model'), device='cpu')
+    assert (loaded.temperature, loaded.min_prob) == (1, None)
+    other.temperature = 3.
+    assert other.temperature == 3
 
 
 def test_a_loaded_model_is_calibrated_on_photos_that_it_is_given(model, demo, tmp_path):

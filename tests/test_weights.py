@@ -581,6 +581,24 @@ def test_loaders_of_fastai_take_the_weights_scaling(normalised, small, tmp_path)
         with pytest.raises(DataError, match='use Normalize.from_stats'): resnet_learner(other, weights=theirs.state_dict())
 
 
+@pytest.mark.parametrize('whose', ['ours', "fastai's"])
+def test_weights_leave_the_mean_of_an_earlier_learner_alone(whose, small, dense_labels, tmp_path):
+    "Two learners over the same loaders: the second one's mean would change what the first one says"
+    from fastai.vision.all import ImageDataLoaders, Resize
+    from resnet_fastai.data import resnet_dls
+    from resnet_fastai.training import resnet_learner
+    files, state = sorted((small.data_path/'train').iterdir()), of_torchvision(18).state_dict()
+    labels = [str(i % 2) for i in range(len(files))]
+    make = lambda: ImageDataLoaders.from_lists(tmp_path, files, labels, item_tfms=Resize(32), bs=4, num_workers=0, device='cpu', valid_pct=.5)
+    dls = make() if whose != 'ours' else resnet_dls(*dense_labels, size=32, n_out=None, num_workers=0)
+    first = resnet_learner(dls, 'cifar_resnet8', bs=8)
+    x = first.dls.valid.one_batch()[0]
+    with pytest.raises(DataError, match='another learner has these loaders already'): resnet_learner(dls, weights=state)
+    assert torch.equal(first.dls.valid.one_batch()[0], x)
+    dls = make() if whose != 'ours' else resnet_dls(*dense_labels, size=32, n_out=None, num_workers=0)
+    for _ in range(2): resnet_learner(dls, weights=state)                     # the same mean: they get along
+
+
 def test_a_saved_model_goes_on_elsewhere(dense_labels, tmp_path):
     from resnet_fastai.core import ResNet
     model = ResNet(*dense_labels, weights=of_torchvision(18).state_dict(), **SMALL)

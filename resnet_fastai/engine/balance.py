@@ -85,13 +85,18 @@ class Balance(Callback):
         photos = getattr(self.dls, 'photos', {}).get('train')
         if photos is None or not photos.vocab or not hasattr(self.dls.train, 'photos_in'):
             raise DataError(f"balance={self.kind!r} needs to know the labels of the training photos; make the loaders with resnet_dls")
-        self.counts = np.bincount(photos.codes, minlength=len(photos.vocab))
+        self.codes,self.counts = photos.codes,np.bincount(photos.codes, minlength=len(photos.vocab))
         of = [self.dls.labels.encoding[label] for label in photos.vocab]
         self.by_output = np.bincount(of, self.counts, len(self.dls.vocab))
-        if self.kind == 'sampler': self.dls.train.classes = photos.codes
-        else: self.learn.loss_func = BalancedLoss(self.loss_func, class_weights(self.by_output))
+        if self.kind == 'loss': self.learn.loss_func = BalancedLoss(self.loss_func, class_weights(self.by_output))
         self.learn.metrics = [*self.learn.metrics, self.error]
         if not rank_distrib(): print(self)
+
+    def before_fit(self):
+        "From here to `close` the loader draws as many photos of each class: another learner may have the same loaders"
+        if self.kind == 'sampler': self.dls.train.classes = self.codes
+
+    def close(self): self.dls.train.classes = None
 
     def __repr__(self):
         own = self.counts[self.counts > 0]

@@ -116,6 +116,16 @@ def pick_threshold(
                 coverage_high=most, photos=total)
 
 
+_never = 2**53                              # epochs that no model is trained for
+
+
+def outdated(
+    trust:dict, # What `calibrate` and `threshold` have kept
+) -> dict: # The same, and `in_effect` no longer counts it
+    "What was measured on weights that are others now, though not by a whole epoch of training"
+    return {what: kept | dict(epochs=_never) for what,kept in trust.items()}
+
+
 def in_effect(
     trust:dict, # What `calibrate` and `threshold` have kept
     protocol:str, # How the model predicts

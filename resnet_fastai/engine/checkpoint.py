@@ -26,7 +26,9 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
+from torch import nn
 
+from .calibration import outdated
 from .files import DataError, atomic_write, sync_folder
 from .finite import _what_stands, LossError
 from .foreach import foreach_step, release_grads
@@ -284,6 +286,7 @@ def describe(
     learn.decay,learn.weights,learn.one_cycle,learn.asked_lr = decay,started,one_cycle,asked_lr
     if (kind := learn.precision.kind) != 'fp32': spec = spec | dict(precision=kind)
     learn.spec = spec | (dict(weights=started['sha256']) if started else {})
+    learn.dls.taken = True                                  # whose mean must stay
     return learn
 
 
@@ -335,9 +338,24 @@ def _settings(o):
 
 
 def _function(f):
-    kw = getattr(f, 'keywords', {})
-    f = getattr(f, 'func', f)
-    return f"{getattr(f, '__name__', type(f).__name__)}({', '.join(f'{k}={v}' for k,v in sorted(kw.items()) if _is_plain(v))})"
+    "A loss or an optimizer by its name and what it was given"
+    given, f = getattr(f, 'keywords', {}), getattr(f, 'func', f)             # of a `partial`; a loss of fastai's has PyTorch's in `func`
+    name = getattr(f, '__name__', type(f).__name__)
+    given = _unusual(f) | given if not hasattr(f, '__name__') else given
+    return f"{name}({', '.join(f'{k}={said}' for k,v in sorted(given.items()) if (said := _in_words(v)) is not None)})"
+
+
+def _unusual(o):
+    "The arguments that an object was made with and has kept, but for its defaults; the reduction comes and goes while it is used"
+    known = ((k, p.default, getattr(o, k, p.default)) for k,p in signature(type(o).__init__).parameters.items() if k != 'reduction')
+    return {k: v for k,usual,v in known if not (v is usual or _is_plain(v) and v == usual)}
+
+
+def _in_words(v):
+    "What tells one argument from another; None where nothing does"
+    if _is_plain(v): return v
+    if torch.is_tensor(v): return _digest(np.round(v.detach().cpu().double().numpy(), 6).tobytes())[:12]
+    return v.__name__ if hasattr(v, '__name__') else _function(v) if isinstance(v, nn.Module) else None
 
 
 def _own_loss(learn):
@@ -391,6 +409,7 @@ class Checkpoint(Callback):
         keep:int|None=2, # So many of the newest stay, and the best; None: all
         monitor:str='valid_loss', # What makes the best one: a column of the history; smaller is better
     ):
+        if not isinstance(folder, (str, os.PathLike)): raise DataError(f"the folder of a run is {folder!r:.80}; name it: 'runs/flowers'")
         if every != 'epoch' and (type(every) is not int or every < 1):
             raise DataError(f"every is {every!r}; it must be 'epoch' or a number of updates")
         if keep is not None and (type(keep) is not int or keep < 1):
@@ -568,6 +587,7 @@ class Checkpoint(Callback):
         own,self.opt.frozen_idx = [dict(h) for h in self.opt.hypers],s['frozen_idx']
         _set_opt_state(self.opt, s['opt'], s['hypers'])
         learn.lr,learn.train_iter,learn.first_epoch = s['lr'],s['train_iter'],s['epoch']
+        learn.restored,learn.trust = None,outdated(getattr(learn, 'trust', {}))
         if s['scaler']: learn.scaler.load_state_dict(s['scaler'])
         for name in s['schedule'] if s['epoch'] == s['n_epoch'] else ():                # it is over
             self.opt.set_hyper(name, learn.lr if name == 'lr' else [h[name] for h in own])

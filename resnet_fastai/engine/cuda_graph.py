@@ -15,8 +15,7 @@
 from contextlib import contextmanager
 
 import torch
-from fastai.callback.core import (
-    Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, TrainEvalCallback)
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException, TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.imports import noop
 from fastai.learner import CastToTensor, Learner, Recorder
@@ -26,7 +25,7 @@ from fastcore.foundation import L
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .checkpoint import Checkpoint
+from .checkpoint import _cancels, Checkpoint
 from .finite import FiniteLoss, LossError
 from .foreach import release_grads
 from .precision import Precision
@@ -36,7 +35,6 @@ _roles = {TrainEvalCallback: 'replay', CastToTensor: 'capture', ProgressCallback
 _host = 'before_batch', 'after_step', 'after_batch'
 _inner = (*_host, 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step',
           'after_cancel_step', 'after_cancel_batch')
-_cancels = CancelTrainException, CancelValidException, CancelEpochException, CancelFitException      # each ends more than the one before
 
 
 # --- What captures and replays

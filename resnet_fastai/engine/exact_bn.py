@@ -6,6 +6,7 @@ from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
+from .calibration import outdated
 from .checkpoint import get_rng, set_rng
 from .files import DataError
 
@@ -41,7 +42,8 @@ def exact_bn(
 ) -> int: # Photos that were averaged over
     """Replace the moving averages of a trained model's batch norms by plain averages over training photos, in place.
 
-    The authors computed the statistics of their released models so. Draws of a later `fit` stay as they would have been."""
+    The authors computed the statistics of their released models so. Draws of a later `fit` stay as they would have been; a temperature
+    or threshold that was measured before no longer counts."""
     learn = model if isinstance(model, Learner) else getattr(model, 'learn', None)
     if learn is None: raise DataError("a loaded model has no training photos to average over; exact_bn needs a learner")
     if type(photos) is not int or photos < 2: raise DataError(f"photos is {photos!r:.80}; it must be a whole number from 2 on")
@@ -50,6 +52,10 @@ def exact_bn(
         for x, *_ in takewhile(lambda _: sum(seen) < photos, progress_bar(learn.dls.train, leave=False)):
             yield x
             seen.append(len(x))
+    if balance := getattr(learn, 'balance', None): balance.before_fit()      # the photos that training draws
     try: average_statistics(learn.model, inputs())
-    finally: set_rng(rng, learn.dls.loaders)
+    finally:
+        set_rng(rng, learn.dls.loaders)
+        if balance: balance.close()
+    learn.trust = outdated(getattr(learn, 'trust', {}))
     return sum(seen)

@@ -1,5 +1,6 @@
 """Error classes, JSON that is checked as it is read, and files that appear whole or not at all."""
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -50,6 +51,16 @@ def read_regular(
     with open(path, 'rb', opener=lambda p, flags: os.open(p, flags | getattr(os, 'O_NONBLOCK', 0))) as f:
         if not S_ISREG(os.fstat(f.fileno()).st_mode): raise OSError(errno.EINVAL, 'a pipe or a device, not a file', str(path))
         return f.read()
+
+
+def sha256_of(
+    path: str|Path, # A file
+) -> str: # 64 hexadecimal digits
+    "SHA-256 of a file"
+    sha = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while part := f.read(1 << 20): sha.update(part)
+    return sha.hexdigest()
 
 
 def read_json_object(

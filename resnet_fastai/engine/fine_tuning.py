@@ -84,8 +84,12 @@ def fit_on_schedule(
     "Fit on the learner's own schedule: one cycle, or rates that a callback moves"
     begin = learn.fit_one_cycle if learn.one_cycle else learn.fit
     if not resume: return begin(epochs)
-    if learn.one_cycle and hasattr(learn, 'checkpoint') and not learn.checkpoint.find(): return begin(epochs)
-    learn.resume(epochs)
+    if not learn.one_cycle or not hasattr(learn, 'checkpoint'): return learn.resume(epochs)
+    s = learn.checkpoint.find()
+    done = len(s['callbacks']['history']['rows']) if s else 0
+    if s and (s['epoch'] < s['n_epoch'] or epochs <= done): return learn.resume(epochs)
+    if s: learn.resume(done)                                # its cycle is over: another one for the epochs that are left
+    begin(epochs - done)
 
 
 def fine_tune(

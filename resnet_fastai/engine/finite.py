@@ -17,7 +17,7 @@ def batch_names(
     order,items = getattr(dl, '_DataLoader__idxs', None),getattr(getattr(dl, 'dataset', None), 'items', None)
     if order is None or items is None or not hasattr(dl, 'shares'): return []
     i -= len(dl) - len(shares := dl.shares or [dl.bs]*len(dl))             # a resumed epoch has only the rest of its order
-    return [str(items[int(j)]) for j in order[sum(shares[:i]):sum(shares[:i+1])]]
+    return [str(items[int(j) % len(items)]) for j in order[sum(shares[:i]):sum(shares[:i+1])]]     # past the end: a photo's second turn
 
 
 class FiniteLoss(Callback):

@@ -7,6 +7,9 @@ import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib
 
+from .calibration import outdated
+from .files import DataError
+
 
 class History(Callback):
     "One row for each epoch, over all fits: losses, errors, rate, seconds; the recorder goes on where it was"
@@ -26,7 +29,9 @@ class History(Callback):
         self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = self.smooth
 
     def before_epoch(self): self.trained,self.start,self.wrong,self.seen = False,time.perf_counter(),0,0
-    def before_train(self): self.trained = True
+    def before_train(self):
+        self.trained,learn = True,self.learn
+        learn.restored,learn.trust = None,outdated(getattr(learn, 'trust', {}))       # these are the weights of no epoch from here on
     def after_train(self): self._fill(2 + len(self.metrics)*self.recorder.train_metrics)
     def after_validate(self): self._fill(len(self.recorder.metric_names) - self.recorder.add_time)
     def after_cancel_epoch(self):
@@ -76,6 +81,7 @@ def plot_history(
     history:pd.DataFrame, # A row an epoch, as `History` and `ResNet` keep it
 ) -> plt.Figure: # Losses on the left, errors on the right
     "Loss and error over the epochs, as in the paper's Figure 4: training thin, validation bold; dotted where the rate fell to half or less"
+    if not len(history): raise DataError("this history has no epoch yet; call fit() first")
     fig,axs = plt.subplots(1, 2, figsize=(8, 3), layout='constrained')
     for name,style in _line_styles.items():
         if name in history: axs[int('error' in name)].plot(history.epoch, history[name], label=name.replace('_', ' '), **style)

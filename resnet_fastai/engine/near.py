@@ -39,10 +39,11 @@ def _unit(small):
 def near_pairs(
     first: np.ndarray, # (n,16,16) uint8
     second: np.ndarray, # (m,16,16) uint8
-    chunk: int = 4096, # Of `first` at a time
+    most: int = 1 << 25, # Pairs that are looked at together
 ): # Yields (i, j, likeness): places, and the correlation of the copies
     "Pairs that are nearly the same, also where one of them is mirrored"
     if not len(first) or not len(second): return
+    chunk = max(1, most//len(second))
     for there in (second, second[:, :, ::-1]):
         bits, unit = torch.from_numpy(hash_bits(there)).float().T.contiguous(), _unit(there)
         for at in range(0, len(first), chunk):

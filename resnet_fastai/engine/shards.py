@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .download import shown_url
-from .files import atomic_write, DataError, PhotoError, read_regular
+from .files import atomic_write, DataError, PhotoError, read_regular, sha256_of
 from .ranges import RangeReader
 
 # A folder of shards holds `train-000000.tar` and so on, `shards.json` (their sizes and checksums) and `shards.index`: four columns with a
@@ -73,13 +73,6 @@ def read_header(
     raise DataError(f"{name} is not as pack_photos writes it; copy or pack the shards again")
 
 
-def _sha256(path, chunk=1 << 20) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while data := f.read(chunk): digest.update(data)
-    return digest.hexdigest()
-
-
 def fetch_index(
     url:str, # Of a folder of shards, ending in /
 ) -> Path: # A folder of this machine with its shards.json and shards.index, for `Shards`
@@ -90,7 +83,7 @@ def fetch_index(
     header = read_header(data, shown_url(reader.url(header_name)))
     folder = cache_folder()/'shards'/hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder/index_name).exists() or _sha256(folder/index_name) != header['index']:
+    if not (folder/index_name).exists() or sha256_of(folder/index_name) != header['index']:
         of = min(header['photos']*(12 + header['width']), 4 << 30)
         found = reader.read(index_name, most=of, good=lambda data: hashlib.sha256(data).hexdigest() == header['index'])
         with atomic_write(folder/index_name) as part: part.write_bytes(found)
@@ -197,7 +190,7 @@ class Shards:
     def _mapped(self, n, width):
         path = os.path.join(self.folder, index_name)
         try:
-            if os.path.getsize(path) != n*(12 + width) or _sha256(path) != self.header['index']:
+            if os.path.getsize(path) != n*(12 + width) or sha256_of(path) != self.header['index']:
                 raise DataError(f"{path} does not belong to the {header_name} beside it, or is damaged; copy both again")
             data = np.asarray(np.memmap(path, np.uint8, 'r'))
         except OSError as e: raise DataError(f"{path} cannot be read: {e.strerror}") from None

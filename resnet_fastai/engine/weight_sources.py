@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from .download import _download, _is_page
-from .files import DataError, atomic_write, read_json_object
+from .files import DataError, atomic_write, read_json_object, sha256_of
 from .loader import join_processes, local_rank0_first
 from .weights import (Weights, archs, assembled, check_arch, first_line, hash_of_tensors, imagenet_labels, of_model, of_timm, read_folder,
-                      read_tensors, rows_of, sha256_of, unwrapped)
+                      read_tensors, rows_of, unwrapped)
 
 
 # ── torchvision ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

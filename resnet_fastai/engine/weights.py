@@ -15,13 +15,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from fastai.data.transforms import Normalize
 from safetensors import SafetensorError
 from torch import nn
 
-from .files import DataError, read_json_object
+from .files import DataError, read_json_object, sha256_of
 
 imagenet_mean, imagenet_std = (.485, .456, .406), (.229, .224, .225)
 archs = tuple(f'resnet{d}' for d in (18, 34, 50, 101, 152))                     # that torchvision, timm and transformers have too
@@ -81,16 +82,6 @@ def read_tensors(
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError, EOFError, SafetensorError,
             zipfile.BadZipFile) as e:
         raise DataError(f"{path} is no checkpoint: {first_line(e)}") from None
-
-
-def sha256_of(
-    path: str|Path, # A file
-) -> str: # 64 hexadecimal digits
-    "SHA-256 of a file"
-    sha = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while part := f.read(1 << 20): sha.update(part)
-    return sha.hexdigest()
 
 
 def hash_of_tensors(
@@ -430,6 +421,13 @@ def start_from(
     return weights.facts() | dict(head=f"{'all' if kept == len(labels) else kept} of {len(labels)} labels keep their row")
 
 
+def _refuse_taken(dls, weights, same=False):
+    "An earlier learner over these loaders would compute with another mean from here on"
+    if getattr(dls, 'taken', False) and not same:
+        raise DataError(f"another learner has these loaders already, and {weights.origin} needs a mean of its own; make loaders anew for "
+                        "each learner, which is quick the second time")
+
+
 def centre(
     dls, # fastai's DataLoaders; changed in place
     net: nn.Module, # Has these weights; its first convolution takes on the division of a `Normalize`
@@ -438,6 +436,7 @@ def centre(
     "Let loaders subtract the mean that the weights were trained with; lighting stays that of the photos"
     fs = [t for dl in dls.loaders for t in dl.after_batch.fs]
     if hasattr(dls, 'stats'):
+        _refuse_taken(dls, weights, np.allclose(dls.stats.mean, weights.mean, atol=1e-6))
         dls.stats = type(dls.stats)(weights.mean, dls.stats.eigval, dls.stats.eigvec, dls.stats.n_photos)
         for t in fs:
             if isinstance(getattr(t, 'mean', None), torch.Tensor):
@@ -445,6 +444,7 @@ def centre(
         return
     mean = torch.tensor(weights.mean)
     if not (norms := [t for t in fs if isinstance(t, Normalize)]):
+        _refuse_taken(dls, weights)
         return dls.add_tfms([Normalize.from_stats(mean, torch.ones(3))], 'after_batch')
     for t in norms:
         if t.mean.numel() != 3 or (t.mean.flatten().cpu() - mean).abs().max() > 5e-3:

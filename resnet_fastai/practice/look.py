@@ -19,9 +19,8 @@ from torch import nn
 from ..augment import PhotoNormalize, resize_short
 from ..data import LabelMap
 from ..engine.calibration import tempered
-from ..engine.arguments import one_of
 from ..engine.files import DataError
-from ..engine.layout import photo_inputs, splits
+from ..engine.layout import photo_inputs
 from ..engine.photo import open_photo
 from ..engine.batching import batch_size
 from ..engine.fast_net import _bare, _copy
@@ -247,7 +246,6 @@ def interpretation(
     "fastai's `ClassificationInterpretation` of a split, each photo's central crop"
     import fastai.vision.learner  # noqa: F401  it draws photos with top losses, and takes a second to import
     require_trained(model)
-    one_of('split', split, splits)
     parts = model_parts(model)
     if parts.dls is None:
         raise DataError("a loaded model has no photos; its errors elsewhere are what evaluate(data_path=…, label_path=…) tells")

@@ -20,7 +20,7 @@ class Practice:
 
     @delegates(protocol.choose_protocol)
     def choose_protocol(self,
-        protocols:list|None=None, # As for `evaluate`; None: the paper's, and at the training's scales
+        protocols:str|list|None=None, # As for `evaluate`; None: the paper's, and at the training's scales
         **kwargs
     ) -> pd.DataFrame: # A row a protocol, the choice first: error, its interval, log loss, crops
         "Measure protocols on the validation photos; predictions follow the best, also in a saved model"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from fastprogress.fastprogress import progress_bar
 
@@ -26,6 +27,7 @@ from ..engine.shared import on_rank0, shared_out, some_of
 from ..engine.splits import model_parts
 from ..engine.protocols import split_protocol
 from ..inference import _answers
+from .look import require_trained
 
 
 _formula, _number = re.compile(r"'*[=+\-@\t\r]"), re.compile(r'[-+]?[0-9.]+(e[-+]?[0-9]+)?')
@@ -182,7 +184,7 @@ def predict_folder(
     protocol = protocol or parts.protocol
     split_protocol(protocol, parts.size)                                       # or its error
     n = _how_many(n, len(parts.labels))
-    _refuse_untrained(model)
+    if isinstance(model, Learner) or hasattr(model, 'trained'): require_trained(model)
     min_prob = parts.min_prob if min_prob is None else check_min_prob(min_prob)
     photos,name,folder = _named_photos(photos)
     shown,how = (n, min_prob),(protocol, precision, num_workers, bs)
@@ -201,12 +203,6 @@ def _how_many(n, known):
     if type(n) is not int or not 1 <= n <= known:
         raise DataError(f"n is {n!r}; this model knows {known} labels, so it must be from 1 to {known}")
     return n
-
-
-def _refuse_untrained(model):
-    untrained = isinstance(history := getattr(model, 'history', None), pd.DataFrame) and history.empty
-    if untrained and 'origin' not in getattr(getattr(model, 'trained', None), 'training', {}):
-        raise DataError("this model has not been trained; call fit() first, or load a saved model")
 
 
 def _finished(rows, dest, n, min_prob):

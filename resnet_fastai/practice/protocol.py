@@ -5,7 +5,9 @@ import numpy as np
 import pandas as pd
 from fastai.imports import noop
 from fastai.torch_core import rank_distrib
+from fastcore.foundation import L
 
+from ..engine.calibration import log_loss
 from ..engine.files import DataError
 from ..engine.protocols import protocols as tried, split_protocol
 from ..engine.scores import wilson
@@ -67,14 +69,14 @@ def _number_of_crops(protocol, size):
 
 def measure(
     model, # A `ResNet`, or a learner over `resnet_dls`
-    protocols:list, # As for `evaluate`
+    protocols:str|list, # As for `evaluate`
     split:str='val', # Whose photos
     data_path=None, # Photos of another place than the model's own
     label_path=None, # Their labels
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has
 ) -> pd.DataFrame: # A row a protocol, the best first: protocol, photos, top1_error, top1_low, top1_high, log_loss, crops
     "Error with its 95 % interval, log loss and cost of each protocol on photos with labels"
-    parts, rows = model_parts(model), []
+    parts, rows, protocols = model_parts(model), [], list(L(protocols))
     photos, targ = labelled_split(parts, split, data_path, label_path)
     crops = [p for p in protocols if not p.startswith('dense')]
     for some in [crops]*bool(crops) + [[p] for p in protocols if p not in crops]:
@@ -82,15 +84,14 @@ def measure(
         for protocol,p in zip(some, probs):
             wrong = int((p.argmax(1) != targ).sum())
             low, high = wilson(wrong, len(targ))
-            loss = float(-np.log(p[np.arange(len(targ)), targ].clip(1e-12)).mean())
-            rows.append(dict(protocol=protocol, photos=len(targ), top1_error=wrong/len(targ), top1_low=low, top1_high=high, log_loss=loss,
-                             crops=_number_of_crops(protocol, parts.size)))
+            rows.append(dict(protocol=protocol, photos=len(targ), top1_error=wrong/len(targ), top1_low=low, top1_high=high,
+                             log_loss=log_loss(p, targ), crops=_number_of_crops(protocol, parts.size)))
     return pd.DataFrame(rows).sort_values(['top1_error', 'log_loss'], ignore_index=True)
 
 
 def choose_protocol(
     model, # A `ResNet`; its predictions follow the choice from now on
-    protocols:list|None=None, # As for `evaluate`; None: the paper's, and the same at the scales of the training
+    protocols:str|list|None=None, # As for `evaluate`; None: the paper's, and the same at the scales of the training
     data_path=None, # For a loaded model: photos with a val/ folder
     label_path=None, # Their labels
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: the fastest that the hardware has

@@ -15,10 +15,10 @@ from fastprogress.fastprogress import progress_bar
 from ..data import LabelMap
 from ..engine.batching import prefetch
 from ..engine.fetch import resolve_data
-from ..engine.files import _sync, DataError, PhotoError, read_json_object, sync_folder, write_json
+from ..engine.files import _sync, DataError, PhotoError, read_json_object, sha256_of, sync_folder, write_json
 from ..engine.layout import folder_photos, splits
 from ..engine.lock import lock_folder, unlock_folder
-from ..engine.shards import _sha256, block, header_name, open_shards, write_index
+from ..engine.shards import block, header_name, open_shards, write_index
 from .prepare import check_shrinking, shrunk
 
 __all__ = ['pack_photos', 'verify_shards']
@@ -218,7 +218,7 @@ def _wrong(shard, folder) -> str:
     path = Path(folder)/name
     if not path.exists(): return f'{path} is missing'
     if path.stat().st_size != size: return f'{path} has {path.stat().st_size:,} bytes, not {size:,}'
-    return '' if _sha256(path) == sha else f'{path} is damaged: its SHA-256 is another'
+    return '' if sha256_of(path) == sha else f'{path} is damaged: its SHA-256 is another'
 
 
 def verify_shards(

@@ -2,7 +2,6 @@
 __all__ = ['read_synsets', 'label_synsets', 'read_ground_truth', 'from_imagenet', 'imagenette']
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from io import BytesIO
@@ -221,17 +220,6 @@ def from_imagenet(
         return _finish(tmp, dest, labels, dict(zip(table.label, table['index'].tolist())))
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-
-def _number_labels(labels):
-    "{label: index}: in order, which for whole numbers is that of their values"
-    found = sorted(set(labels))
-    return {l: i for i,l in enumerate(sorted(found, key=int) if all(re.fullmatch('[0-9]+', l) for l in found) else found)}
-
-
-def _photo_ids(names, splits):
-    "An id a photo: its path; with the split in front of all where a path could be taken for another's"
-    full = [f'{s}/{n}' for n,s in zip(names, splits)]
-    return names if set(full).isdisjoint(names) else full
 
 _imagenette = {
     'n01440764': ('tench', 0),        'n02102040': ('English springer', 217), 'n02979186': ('cassette player', 482),
