@@ -34,7 +34,7 @@ rgb = np.zeros((6, 5, 4), np.uint8)
 
 
 @pytest.mark.parametrize('wrong,says', [
-    (b'<html>', 'this bytes cannot be read as a photo: not an image, or damaged'), (3, 'this int is not a photo; pass a path, a URL'),
+    (b'<html>', 'these bytes cannot be read as a photo: not an image, or damaged'), (3, 'this int is not a photo; pass a path, a URL'),
     (rgb[..., :3]/255, 'holds float64; uint8 from 0 to 255 is needed'), *((w, '(height, width, 3) is needed') for w in (rgb[None], rgb[..., :2], rgb[:0], rgb.T)),
     (Image.new('L', (301, 1)), '301×1 pixels: a strip'), ('ftp://example.com/1.jpg', 'starts with neither http:// nor https://'),
     ('http://127.0.0.1:1/1.jpg', 'http://127.0.0.1:1/1.jpg cannot be fetched')], ids=lambda w: w[:30] if isinstance(w, str) else None)

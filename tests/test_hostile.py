@@ -53,7 +53,7 @@ def test_any_edit_of_a_photo(which, edits):
     for at, put, gone in edits: data[int(at*len(data)):int(at*len(data)) + gone] = put
     try: photo = open_photo(bytes(data))
     except PhotoError as e:
-        assert '\n' not in str(e) and str(e).startswith('this bytes')
+        assert '\n' not in str(e) and str(e).startswith('these bytes')
         return
     assert photo.mode == 'RGB' and np.array(photo).shape == (photo.height, photo.width, 3) and photo.size == Photo(bytes(data)).size
 

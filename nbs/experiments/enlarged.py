@@ -94,12 +94,13 @@ def summary(runs):
         yield {k: [round(float(x), 4) for x in v] if isinstance(v, list) else round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def compare(cifar, photos, pretrain_epochs=15, n=400, seeds=5, epochs=20, rates=(.01, .03, .1), out=None, keep=root/'runs'/'enlarged'):
+def compare(cifar, photos, pretrain_epochs=15, n=400, seeds=5, epochs=20, rates=(.003, .01, .03, .1), out=None, keep=root/'runs'/'enlarged'):
     "Pretrain, look for rates, and compare; the results are stored after each run"
     out = Path(out or Path(__file__).parent/'results'/'enlarged.json')
     model, told = pretrained(cifar, keep, pretrain_epochs)
-    about = dict(command=f'python nbs/experiments/enlarged.py {cifar.name} {photos.name} --pretrain-epochs {pretrain_epochs} --photos-drawn {n} '
-                         f"--epochs {epochs} --rates {' '.join(map(str, rates))}", pretrained=told, crops=base, protocol=protocol, data_sha256=checksum(photos))
+    command = (f'python nbs/experiments/enlarged.py {cifar.name} {photos.name} --pretrain-epochs {pretrain_epochs} --photos-drawn {n} '
+               f"--epochs {epochs} --rates {' '.join(map(str, rates))}")
+    about = dict(pretrained=told, crops=base, protocol=protocol, data_sha256=checksum(photos), photos=n, epochs=epochs)
     known = json.loads(out.read_text()) if out.exists() else {}
     runs = known['runs'] if all(known.get(k) == v for k, v in about.items()) else []
 
@@ -107,7 +108,7 @@ def compare(cifar, photos, pretrain_epochs=15, n=400, seeds=5, epochs=20, rates=
         if any((r['way'], r['rate'], r['seed'], r['split']) == (way, rate, seed, split) for r in runs): return
         runs.append(one_run(small, model, way, rate, n, epochs, seed, split))
         print(runs[-1], flush=True)
-        now = dict(commit=commit(__file__), machine=machine(), load=os.getloadavg()[1])
+        now = dict(command=command, commit=commit(__file__), machine=machine(), load=os.getloadavg()[1])
         write_json(out, about | now | dict(runs=runs, summary=list(summary(runs)) if split == 'test' else []))
 
     with tempfile.TemporaryDirectory() as tmp:
@@ -126,7 +127,7 @@ def main(argv=None):
     p.add_argument('--photos-drawn', type=int, default=400, dest='n')
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--epochs', type=int, default=20)
-    p.add_argument('--rates', type=float, nargs='+', default=(.01, .03, .1))
+    p.add_argument('--rates', type=float, nargs='+', default=(.003, .01, .03, .1))
     p.add_argument('--out', type=Path, help='default: nbs/experiments/results/enlarged.json')
     p.add_argument('--keep', type=Path, default=root/'runs'/'enlarged', help='where the pretrained network goes; default: runs/enlarged')
     try: runs = compare(**vars(p.parse_args(argv)))

@@ -35,6 +35,7 @@ class Photo:
         image:str|Path|bytes|Image.Image|np.ndarray, # A file, its http(s) URL, its bytes, a PIL image, or an array (H,W,3) of uint8, RGB
     ):
         self.name, self.data, self._img = f'this {type(image).__name__}', None, None
+        if isinstance(image, (bytes, bytearray, memoryview)): self.name = 'these bytes'
         if isinstance(image, (str, Path)): self.name = repr(shown_url(str(image)) if '://' in str(image) else str(image))
         if isinstance(image, Image.Image): self._img = image
         elif isinstance(image, np.ndarray): self._img = self._of_array(image)
@@ -43,8 +44,7 @@ class Photo:
         elif isinstance(image, (str, Path)): self.data = self._read(image)
         else:
             raise PhotoError(f"{self.name} is not a photo; pass a path, a URL (http or https), the bytes of a file, a PIL image, or an "
-                             "array "
-                             "(height, width, 3) of uint8; `predict` also takes a list of these, or a folder")
+                             "array (height, width, 3) of uint8; `predict` also takes a list of these, or a folder")
 
     @classmethod
     def create(cls,
@@ -59,8 +59,7 @@ class Photo:
         except FileNotFoundError: raise PhotoError(f"{self.name} does not exist") from None
         except Image.DecompressionBombError as e:
             raise PhotoError(f"{self.name} is too large to be a photo: {e} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it, in the "
-                             "shell "
-                             "--max-pixels.") from None
+                             "shell --max-pixels.") from None
         except Exception as e: raise PhotoError(f"{self.name} cannot be read as a photo: {_reason(e, self.data)}") from None
 
     def _read(self, path):
