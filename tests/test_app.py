@@ -266,8 +266,17 @@ def test_what_the_browser_has_held_back(page):
     assert "'0.mov', '1.mov', '2.mov' and 6 more" in Read(at['verdict']).text
 
 
+@pytest.fixture
+def usual_signals():
+    "What signals do where nobody has said otherwise: `nohup` and some schedulers let a process ignore them"
+    usual = dict(SIGTERM=signal.SIG_DFL, SIGHUP=signal.SIG_DFL, SIGINT=signal.default_int_handler)
+    old = {name: signal.signal(getattr(signal, name), do) for name, do in usual.items()}
+    yield
+    for name, do in old.items(): signal.signal(getattr(signal, name), do)
+
+
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGINT'])
-def test_a_signal_ends_the_page_and_its_folder(name, model, tmp_path, monkeypatch):
+def test_a_signal_ends_the_page_and_its_folder(name, model, tmp_path, monkeypatch, usual_signals):
     "As a scheduler, a terminal and a person end it; no uploaded photo stays behind, and what the signals did before they do again"
     pytest.importorskip('gradio', reason="needs Gradio: pip install -e '.[app]'")
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
@@ -281,7 +290,7 @@ def test_a_signal_ends_the_page_and_its_folder(name, model, tmp_path, monkeypatc
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
 
 
-def test_the_page_beside_an_event_loop_that_runs_already(model):
+def test_the_page_beside_an_event_loop_that_runs_already(model, usual_signals):
     "A notebook's thread has one"
     pytest.importorskip('gradio', reason="needs Gradio: pip install -e '.[app]'")
     answers = []
