@@ -32,7 +32,7 @@ def data_of(html):
 
 def test_a_line_is_the_mean_of_the_seeds(interactive):
     lines = interactive.curve_lines([run('resnet', 20, 0, [.4, .2, .1]), run('plain', 20, 0, [.5]), run('resnet', 20, 1, [.6, .4])])
-    assert [d['name'] for d in lines] == ['plain-20', 'resnet-20 (2 seeds)'] and [d['dash'] for d in lines] == [True, False]
+    assert [d['name'] for d in lines] == ['plain-20', 'ResNet-20 (2 seeds)'] and [d['dash'] for d in lines] == [True, False]
     train, test = lines[1]['parts']
     assert (train['x'], train['y'], test['y']) == ([10, 20], [50., 30.], [25., 15.]) and train['width'] < test['width']
     assert lines[0]['color'] == lines[1]['color']                          # one depth, one colour

@@ -55,7 +55,7 @@ def photo_address(
 
 # --- Curves of stored runs
 
-def net_name(run): return f"{run['kind']}-{run['depth']}"
+def net_name(run): return f"{run['kind'].replace('resnet', 'ResNet')}-{run['depth']}"
 
 
 def curve_lines(
