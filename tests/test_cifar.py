@@ -261,6 +261,19 @@ def test_zeros_on_both_sides_are_zeros_at_the_end(tmp_path, n):
     with torch.no_grad(): assert (twin(cifar.published_input(x)) - expected).abs().max() > .01
 
 
+def test_other_weights_than_the_published_ones_are_refused(tmp_path):
+    "Ours have the same shapes and another order of channels: read as theirs they would be wrong without a word"
+    ours = build_net('cifar_resnet20', 10).state_dict()
+    theirs = {f'module.{k}'.replace('fc.', 'linear.'): v for k, v in ours.items()}
+    for i, state in enumerate((ours, theirs | {'module.linear.weight': torch.ones(100, 64)}, {'weight': torch.ones(2)})):
+        torch.save(dict(state_dict=state), file := tmp_path/f'{i}.th')
+        with pytest.raises(DataError, match=f'{i}.th is none of the networks'): cifar.published_net(file)
+    with pytest.raises(DataError, match='cannot be read'): cifar.published_net(tmp_path/'none.th')
+    torch.save(dict(state_dict=theirs), tmp_path/'good.th')
+    cifar.published_net(tmp_path/'good.th')
+
+
+
 @pytest.mark.parametrize('depth, error', [(20, .0827), (32, .0737), (44, .0690), (56, .0661)])
 def test_published_weights_make_their_errors_exactly(shared_data, depth, error):
     x, y = cifar.cifar10(shared_data/'cifar10')['test']

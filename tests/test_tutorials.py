@@ -143,6 +143,7 @@ def made_up(draw, way, seed): return dict(draw=draw, way=way, seed=seed, error=.
 def test_what_helps_is_compared_draw_by_draw(monkeypatch, folder, tmp_path):
     "The interval is that of scipy's paired t test; a command that was stopped makes the missing runs only"
     module, asked = script('what_helps', monkeypatch), []
+    (folder/'val').rename(folder/'validation')                          # as the script's photos have it
     def one_run(photos, weights, draw, way, n, epochs, seed):
         asked.append((seed, draw, way))
         if len(asked) == 20: raise KeyboardInterrupt

@@ -34,6 +34,7 @@ from resnet_fastai.data import LabelMap, demo_data
 from resnet_fastai.engine.files import DataError, PhotoError, atomic_write, write_json
 from resnet_fastai.engine.layout import list_photos
 from resnet_fastai.engine.photo import open_photo
+from resnet_fastai.engine.weights import read_tensors, unwrapped
 from resnet_fastai.model import Block, build_net, count_macs, count_params
 from resnet_fastai.training import Checkpoint, MultiStepLR, WarmUp, resnet_learner
 
@@ -361,14 +362,19 @@ weights_of = 'https://github.com/akamaster/pytorch_resnet_cifar10'    # ResNet-2
 published_errors = {20: .0827, 32: .0737, 44: .0690, 56: .0661}      # of 10,000 test photos, as given there
 
 
+def _shapes(state): return {k: v.shape for k, v in state.items() if v.ndim}          # without BN's counters, which they lack
+
+
 def published_net(
     file:str|Path, # A file of `weights_of`: resnet20.th, resnet32.th, …
 ): # `build_net('cifar_resnet20')`, …, with these weights; it expects `published_input`
     "Our network with their weights: they pad new channels with zeros on both sides, we at the end"
-    told = torch.load(file, map_location='cpu', weights_only=True)['state_dict']
-    theirs = {k.removeprefix('module.').replace('linear.', 'fc.'): v for k, v in told.items()}
+    told = unwrapped(read_tensors(file), str(file))
+    theirs = {k.replace('linear.', 'fc.'): v for k, v in told.items()}
     n = sum(k.startswith('layer1.') and k.endswith('conv1.weight') for k in theirs)
-    net, order = build_net(f'cifar_resnet{6*n + 2}', 10), torch.arange(16)
+    net, order = build_net(f'cifar_resnet{6*n + 2}', 10) if n else None, torch.arange(16)
+    if not net or 'linear.weight' not in told or _shapes(net.state_dict()) != _shapes(theirs):        # ours have no `linear`
+        raise DataError(f"{file} is none of the networks of {weights_of}")
     for name, block in net.named_modules():
         if not isinstance(block, Block): continue
         new = block.conv2.out_channels - len(order)                  # `order`: which of their channels is our first, second, …

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from cifar10 import cifar10, commit, machine, root
-from fine_tuning import some_of
+from fine_tuning import class_names, train_and_test
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import from_folders
 from resnet_fastai.engine.files import DataError, write_json
@@ -45,7 +44,9 @@ def as_folders(data, dest):
 
 def pretrained(cifar, folder, epochs):
     "A ResNet-18 of enlarged CIFAR-10 and the facts about it; trained where there is none, or not to the end"
-    if (folder/'about.json').exists(): return ResNet.load(folder/'model'), json.loads((folder/'about.json').read_text())
+    if (folder/'about.json').exists():
+        if (about := json.loads((folder/'about.json').read_text()))['epochs'] == epochs: return ResNet.load(folder/'model'), about
+        raise DataError(f"{folder} has a network of {about['epochs']} epochs, not {epochs}; name another folder with --keep")
     folder.mkdir(parents=True, exist_ok=True)
     data = cifar10(cifar)
     with tempfile.TemporaryDirectory() as tmp:
@@ -62,16 +63,8 @@ def pretrained(cifar, folder, epochs):
 def one_run(photos, weights, way, rate, n, epochs, seed, split):
     "Train one way on n photos; test with one crop"
     args, fit = ways[way]
-    start = time.process_time()
-    with tempfile.TemporaryDirectory() as tmp:
-        paths = some_of(photos, n, seed, Path(tmp)/'some')
-        begin = dict(weights=weights) if way == 'from weights' else {}
-        model = ResNet(*paths, seed=seed, bs=16, lr=rate, **base, **begin, **args)
-        with model.learn.no_bar(), model.learn.no_logging(): fit(model, epochs)
-        spent = time.process_time() - start
-        t = model.evaluate(split=split, protocol=protocol).iloc[0]
-    return dict(way=way, rate=rate, split=split, seed=seed, photos=n, epochs=len(model.history), error=float(t.top1_error), tested=int(t.photos),
-                train_loss=round(float(model.history.train_loss.iloc[-1]), 4), cpu_seconds=round(spent, 1))
+    begin = dict(weights=weights) if way == 'from weights' else {}
+    return dict(way=way, rate=rate, split=split) | train_and_test(photos, n, seed, epochs, fit, split, protocol, bs=16, lr=rate, **base, **begin, **args)
 
 
 def best_rates(runs):
@@ -82,8 +75,9 @@ def best_rates(runs):
 
 
 def summary(runs):
-    "Each way on the test photos: mean error and what it is less than the first way on the same draws, with 95 % intervals"
-    found = pd.DataFrame([r for r in runs if r['split'] == 'test'])
+    "Each way on the test photos, at its best rate: mean error, and the difference to the others on the same draws, with 95 % intervals"
+    best = best_rates(runs)
+    found = pd.DataFrame([r for r in runs if r['split'] == 'test' and r['rate'] == best[r['way']]])
     errors = found.pivot(index='seed', columns='way', values='error')
     for way, r in found.groupby('way', sort=False):
         mean = paired(errors[way].dropna())
@@ -97,6 +91,7 @@ def summary(runs):
 def compare(cifar, photos, pretrain_epochs=15, n=400, seeds=5, epochs=20, rates=(.003, .01, .03, .1), out=None, keep=root/'runs'/'enlarged'):
     "Pretrain, look for rates, and compare; the results are stored after each run"
     out = Path(out or Path(__file__).parent/'results'/'enlarged.json')
+    class_names(photos)                                              # before an hour of pretraining
     model, told = pretrained(cifar, keep, pretrain_epochs)
     command = (f'python nbs/experiments/enlarged.py {cifar.name} {photos.name} --pretrain-epochs {pretrain_epochs} --photos-drawn {n} '
                f"--epochs {epochs} --rates {' '.join(map(str, rates))}")

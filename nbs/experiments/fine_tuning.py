@@ -42,9 +42,18 @@ def published(file):
     return Weights(state, f'cifar_resnet{depth}', {}, mean, std, 32, {}, weights_of, hash_of_tensors(state), 'BSD-2-Clause', 'its author')
 
 
+def class_names(photos):
+    "The classes of {train,validation,test}/CLASS, or what is missing"
+    named = {s: sorted(p.name for p in (photos/s).iterdir() if p.is_dir()) if (photos/s).is_dir() else [] for s in ('train', 'validation', 'test')}
+    for s, names in named.items():
+        if not names: raise DataError(f"{photos/s} has no class folders; the photos of PHOTOS belong in train/CLASS, validation/CLASS and test/CLASS")
+        if names != named['train']: raise DataError(f"{photos/s} has other classes than {photos/'train'}")
+    return named['train']
+
+
 def some_of(photos, n, seed, dest):
     "n training photos, equally many of each class (or a list: how many of each), and all validation and test photos"
-    classes = sorted(p.name for p in (photos/'train').iterdir() if p.is_dir())
+    classes = class_names(photos)
     for c, k in zip(classes, n if isinstance(n, list) else [n//len(classes)]*len(classes), strict=True):
         files = {s: sorted(list_photos(photos/s/c)) for s in ('train', 'validation', 'test')}
         files['train'] = random.Random(f'{seed} {c}').sample(files['train'], min(k, len(files['train'])))
@@ -54,18 +63,24 @@ def some_of(photos, n, seed, dest):
     return from_folders(dest, dest.with_name('layout'))
 
 
+def train_and_test(photos, n, seed, epochs, fit, split, protocol, **kwargs):
+    "Train on n photos and test on those of a split: what a run has found, and the seconds of training"
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as tmp:
+        model = ResNet(*some_of(photos, n, seed, Path(tmp)/'some'), seed=seed, **kwargs)
+        with model.learn.no_bar(), model.learn.no_logging(): fit(model, epochs)
+        spent = time.process_time() - start
+        t = model.evaluate(split=split, protocol=protocol).iloc[0]
+    return dict(photos=n, seed=seed, epochs=len(model.history), error=float(t.top1_error), tested=int(t.photos),
+                train_loss=round(float(model.history.train_loss.iloc[-1]), 4), cpu_seconds=round(spent, 1))
+
+
 def one_run(photos, weights, way, n, epochs, seed, rate, split):
     "Train in one way on n photos; test with one crop"
     args, fit = ways[way]
-    start = time.process_time()
-    with tempfile.TemporaryDirectory() as tmp:
-        paths = some_of(photos, n, seed, Path(tmp)/'some')
-        begin = dict(weights=weights) if 'weights' in way else dict(arch=weights.arch)
-        model = ResNet(*paths, seed=seed, **crops, **how, **begin, **args | ({} if rate is None else dict(lr=rate)))
-        with model.learn.no_bar(), model.learn.no_logging(): fit(model, epochs)
-        t = model.evaluate(split=split, protocol='1crop@32').iloc[0]
-    return dict(way=way, photos=n, seed=seed, rate=rate, epochs=len(model.history), error=float(t.top1_error), tested=int(t.photos),
-                train_loss=round(float(model.history.train_loss.iloc[-1]), 4), cpu_seconds=round(time.process_time() - start, 1))
+    begin = dict(weights=weights) if 'weights' in way else dict(arch=weights.arch)
+    given = args | ({} if rate is None else dict(lr=rate))
+    return dict(way=way, rate=rate) | train_and_test(photos, n, seed, epochs, fit, split, '1crop@32', **crops, **how, **begin, **given)
 
 
 def summary(runs):
@@ -79,6 +94,7 @@ def summary(runs):
 
 def curve(photos, weights, sizes=(50, 100, 200, 400), seeds=5, epochs=30, rates=(), out=None):
     "Train every way, size, seed (and rate); store the results after each run"
+    class_names(photos)
     out = Path(out or Path(__file__).parent/'results'/f"fine_tuning{'_rates'*bool(rates)}.json")
     options = dict(sizes=sizes, epochs=[epochs], **(dict(rates=rates) if rates else {}))
     told = ' '.join(f"--{k} {' '.join(map(str, v))}" for k, v in options.items())

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from scipy.stats import t as student
 
 from cifar10 import commit, machine, weights_of
-from fine_tuning import how, published, some_of
+from fine_tuning import class_names, how, published, some_of
 from resnet_fastai.augment import resize_short
 from resnet_fastai.core import ResNet
 from resnet_fastai.engine.files import DataError, write_json
 from resnet_fastai.engine.layout import list_photos
+from resnet_fastai.engine.photo import open_photo
 
 base, protocol = dict(size=32, augment='wide'), '1crop@37'              # 37: all crops here have seen objects of that size
 ways = {'even': {'nothing': {}, "augment='paper'": dict(augment='paper'), 'label_smoothing=.1': dict(label_smoothing=.1), 'mixup=.4': dict(mixup=.4),
@@ -48,7 +48,7 @@ def shrunk(photos, dest, side=96):
     "The same photos without loss, their short side `side` pixels"
     for p in list_photos(photos):
         (file := (dest/p.relative_to(photos)).with_suffix('.png')).parent.mkdir(parents=True, exist_ok=True)
-        resize_short(Image.open(p).convert('RGB'), side).save(file, compress_level=1)
+        resize_short(open_photo(p), side).save(file, compress_level=1)
     return dest
 
 
@@ -97,17 +97,19 @@ def summary(runs):
 
 def compare(photos, weights, photos_drawn=200, seeds=5, epochs=20, out=None):
     "Every way and seed; written after each run"
-    with tempfile.TemporaryDirectory() as tmp: return _compare(photos, shrunk(photos, Path(tmp)/'small'), weights, photos_drawn, seeds, epochs, out)
+    class_names(photos)
+    from_ = published(weights)
+    with tempfile.TemporaryDirectory() as tmp: return _compare(photos, shrunk(photos, Path(tmp)/'small'), weights, from_, photos_drawn, seeds, epochs, out)
 
 
-def _compare(photos, small, weights, photos_drawn, seeds, epochs, out):
+def _compare(photos, small, weights, from_, photos_drawn, seeds, epochs, out):
     out = Path(out or Path(__file__).parent/'results'/'what_helps.json')
     about = dict(command=f'python nbs/experiments/what_helps.py {photos.name} {weights.name} --photos-drawn {photos_drawn} --epochs {epochs}',
                  weights=weights_of, base=base, bs=how['bs'], protocol=protocol, data_sha256=checksum(photos),
                  weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
     known = json.loads(out.read_text()) if out.exists() else {}
     runs = known['runs'] if all(known.get(k) == v for k, v in about.items()) else []
-    done, from_ = {(r['seed'], r['draw'], r['way']) for r in runs}, published(weights)
+    done = {(r['seed'], r['draw'], r['way']) for r in runs}
     for seed, (draw, way) in product(range(seeds), [(d, w) for d in ways for w in ways[d]]):
         if (seed, draw, way) in done: continue
         runs.append(one_run(small, from_, draw, way, photos_drawn, epochs, seed))
