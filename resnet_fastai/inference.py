@@ -186,7 +186,7 @@ def _ask_crops(ask, photos, boxes_of, size, lighting, average, bs, num_workers, 
 def _answers(parts, photos, wanted, lighting=False, average='probs', precision=None,
              num_workers=None, bs=None, skip=()):
     "(len(wanted),n_out) probabilities for each photo, or its error if that is among `skip`"
-    if wanted[0].startswith('dense'):
+    if split_protocol(wanted[0], parts.size)[0] == 'dense':
         yield from _dense_answers(parts, photos, *wanted, average, precision, num_workers, skip)
         return
     size, bs = parts.size, bs or batch_size(parts.net, parts.size)

@@ -17,6 +17,7 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: starts many processes or waits for a timeout; the group takes about two minutes on two idle cores')
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # started in a script's background, where a shell turns Ctrl-C off
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN: signal.signal(signal.SIGTERM, signal.SIG_DFL)     # jobs of the tests inherit it
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -56,10 +56,19 @@ def communicate(
     reader = threading.Thread(target=lambda: said.append(process.communicate()), daemon=True)
     reader.start()
     try: until(lambda: not reader.is_alive(), lambda: used(process.pid), still)
-    except AssertionError:
-        for p in [*psutil.Process(process.pid).children(recursive=True), process]: p.kill()
+    except BaseException:
+        kill(process)
         raise
     return said[0]
+
+
+def kill(process):
+    "End a Popen, and all that it has started, at once"
+    try: family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess: return
+    for p in family:
+        try: p.kill()
+        except psutil.NoSuchProcess: pass
 
 
 def run(cmd, still=still, **kwargs):

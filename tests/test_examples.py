@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from patience import communicate, run, until
+from patience import communicate, kill, run, until
 from resnet_fastai.core import ResNet
 from resnet_fastai.data import demo_data
 from resnet_fastai.engine import loader
@@ -71,6 +71,13 @@ def cluster(tmp_path_factory):
     return folder, os.environ | dict(PATH=path, PYTHONPATH=package, OMP_NUM_THREADS='1', FASTAI_HOME=str(folder/'home'), REQUEUED=str(folder/'requeued'))
 
 
+def free(port):
+    with socket.socket() as s:
+        try: s.bind(('127.0.0.1', port))
+        except OSError: return False
+        return True
+
+
 def arguments(folder, name, epochs):
     photos = folder/'photos'
     return [photos, photos/'labels.json', photos/'encoding.json', folder/f'{name}-run', folder/f'{name}-model', str(epochs)]
@@ -79,15 +86,22 @@ def arguments(folder, name, epochs):
 @pytest.mark.slow
 def test_slurm_ends_a_job_with_a_checkpoint_and_the_next_one_has_fewer_places(cluster):
     folder, env = cluster
-    job = env | dict(SLURM_JOB_ID='77', SLURM_JOB_NODELIST='node[0-1]', SLURM_SUBMIT_DIR=str(folder), SLURM_NTASKS='2', SLURM_NTASKS_PER_NODE='1')
+    number = next(n for n in range(77, 20000) if free(20000 + n))                   # the job's port follows from it
+    job = env | dict(SLURM_JOB_ID=str(number), SLURM_JOB_NODELIST='node[0-1]', SLURM_SUBMIT_DIR=str(folder), SLURM_NTASKS='2', SLURM_NTASKS_PER_NODE='1')
     (folder/'wait').touch()
     first = subprocess.Popen(['bash', folder/'slurm.sh', *arguments(folder, 'slurm', 2)], env=job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(lambda: all((folder/f'waits-{r}').exists() for r in (0, 1)) or first.poll() is not None)
-    first.send_signal(signal.SIGTERM)
-    said = communicate(first)
-    assert first.returncode == 0 and (folder/'requeued').read_text() == 'requeue 77\n', said
+    try:
+        until(lambda: all((folder/f'waits-{r}').exists() for r in (0, 1)) or first.poll() is not None)
+        first.send_signal(signal.SIGTERM)
+        said = communicate(first)
+    except BaseException:
+        kill(first)
+        print(*communicate(first))
+        raise
+    finally:
+        (folder/'wait').unlink()                                                    # no later test waits for a signal
+    assert first.returncode == 0 and (folder/'requeued').read_text() == f'requeue {number}\n', said
     assert [p.name for p in (folder/'slurm-run').glob('checkpoint*')] and not (folder/'slurm-model').exists()
-    (folder/'wait').unlink()
     again = run(['bash', folder/'slurm.sh', *arguments(folder, 'slurm', 2)], env=job | dict(SLURM_NTASKS='1', SLURM_RESTART_COUNT='1'))
     assert again.returncode == 0 and again.stdout.count('top1_low') == 1, again.stdout + again.stderr
     assert len(ResNet.load(folder/'slurm-model', device='cpu').history) == 2

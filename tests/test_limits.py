@@ -15,7 +15,7 @@ from PIL import Image
 
 from resnet_fastai.augment import ColorStats, resize_short
 from resnet_fastai.core import ResNet
-from resnet_fastai.data import LabelMap
+from resnet_fastai.data import LabelMap, from_folders
 from resnet_fastai.engine import fast_net
 from resnet_fastai.engine.demo_photos import draw_photo
 from resnet_fastai.engine.dense import Dense
@@ -25,6 +25,7 @@ from resnet_fastai.engine.files import DataError, PhotoError
 from resnet_fastai.engine.photo import Photo, open_photo
 from resnet_fastai.inference import dense_logits, predict_probs
 from resnet_fastai.model import build_net
+from resnet_fastai.practice.shards import pack_photos
 from resnet_fastai.practice.predict_folder import ResumableCSV, predict_folder
 from resnet_fastai.practice.share import load_model
 
@@ -202,6 +203,17 @@ def test_pipes_in_the_place_of_files(tmp_path, name):
     os.mkfifo(tmp_path/name)
     with pytest.raises(DataError, match=f'{name} is not a file'): load_model(tmp_path)
     with pytest.raises(DataError, match='a pipe or a device'): LabelMap('/dev/zero', {'x': 0})
+
+
+def test_pipes_in_the_place_of_photos(tmp_path):
+    "Nobody waits for them: the heap is laid out with the others, and packing names the first"
+    for label in ('dots', 'rings'):
+        (tmp_path/'heap'/label).mkdir(parents=True)
+        for i in range(6): Image.new('RGB', (32, 32), (40*i, 9, 9 if label == 'dots' else 99)).save(tmp_path/'heap'/label/f'{i}.png')
+        os.mkfifo(tmp_path/'heap'/label/'pipe.jpg')
+    paths = from_folders(tmp_path/'heap', tmp_path/'laid')
+    assert len(list((tmp_path/'laid').rglob('*.png'))) == 12
+    with pytest.raises(PhotoError, match="pipe.jpg' cannot be read"): pack_photos(paths.data_path, tmp_path/'packed')
 
 
 def test_a_small_file_of_a_deep_network_is_refused_before_it_is_built(tmp_path, monkeypatch):

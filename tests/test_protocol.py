@@ -33,6 +33,11 @@ def model(paths):
     return model
 
 
+def test_a_number_is_no_protocol(model, paths):
+    for call in (lambda: model.predict(photo_of(paths), protocol=7), lambda: model.choose_protocol(5), lambda: model.choose_protocol([10, '1crop'])):
+        with pytest.raises(DataError, match="must be one of '1crop'"): call()
+
+
 def photo_of(paths): return sorted((paths.data_path/'test').iterdir())[0]
 
 

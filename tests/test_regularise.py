@@ -321,7 +321,8 @@ def test_other_arguments_are_refused(photos, tmp_path, kw, says):
 @pytest.mark.parametrize('kw,says', [(dict(mixup=.4, cutmix=1.), 'pass one of the two'), (dict(mixup=True), 'mixup is True; it must be a number from 0'),
                                      (dict(mixup=-1), 'mixup is -1'), (dict(label_smoothing=1), r'label_smoothing is 1; .* below 1, such as 0\.1'),
                                      (dict(ema='yes'), "ema is 'yes'"), (dict(ema=1.), r'ema is 1\.0; .* such as 0\.999'), (dict(early_stopping=0), 'early_stopping is 0'),
-                                     (dict(label_smoothing=.1, loss_func=CrossEntropyLossFlat()), 'loss_func of your own')])
+                                     (dict(label_smoothing=.1, loss_func=CrossEntropyLossFlat()), 'loss_func of your own'),
+                                     (dict(loss_func='mse'), "loss_func is 'mse'; pass a function")])
 def test_sentences(dls, kw, says):
     with pytest.raises(DataError, match=says): resnet_learner(dls, 'cifar_resnet8', bs=8, **kw)
 

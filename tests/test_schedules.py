@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combined_cos
+from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.torch_core import set_seed

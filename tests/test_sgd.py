@@ -213,6 +213,7 @@ def test_plot_history(once):
     plot_history(df.drop(columns=['train_error', 'top5_error']))         # a history of an older model, or of two classes
     for none in (df[:0], df[:0][[]]):                                    # of a network that nobody has trained
         with pytest.raises(DataError, match='no epoch yet'): plot_history(none)
+    with pytest.raises(DataError, match="no column 'lr'"): plot_history(df.drop(columns='lr'))
 
 
 def test_defaults(demo, once):

@@ -42,15 +42,23 @@ def _unique(pairs):
     raise LabelError(f"repeats the key {quote(twice)}; keep one of its entries")
 
 
+def open_regular(
+    path:str|Path,
+): # A file of bytes, open
+    "Open a file to read; an `OSError` where it is a device, or a pipe, which may never end"
+    f = open(path, 'rb', opener=lambda p, flags: os.open(p, flags | getattr(os, 'O_NONBLOCK', 0)))
+    if S_ISREG(os.fstat(f.fileno()).st_mode): return f
+    f.close()
+    raise OSError(errno.EINVAL, 'a pipe or a device, not a file', str(path))
+
+
 def read_regular(
     path:str|Path,
     pipes:bool=False, # Is a pipe read too, like a shell's <(command)? Who names one waits for it
 ) -> bytes:
-    "What a file holds; an `OSError` where it is a device, or a pipe, which may never end"
+    "What a file holds; an `OSError` as from `open_regular`"
     if pipes and S_ISFIFO(os.stat(path).st_mode): return Path(path).read_bytes()
-    with open(path, 'rb', opener=lambda p, flags: os.open(p, flags | getattr(os, 'O_NONBLOCK', 0))) as f:
-        if not S_ISREG(os.fstat(f.fileno()).st_mode): raise OSError(errno.EINVAL, 'a pipe or a device, not a file', str(path))
-        return f.read()
+    with open_regular(path) as f: return f.read()
 
 
 def sha256_of(

@@ -81,7 +81,9 @@ def plot_history(
     history:pd.DataFrame, # A row an epoch, as `History` and `ResNet` keep it
 ) -> plt.Figure: # Losses on the left, errors on the right
     "Loss and error over the epochs, as in the paper's Figure 4: training thin, validation bold; dotted where the rate fell to half or less"
-    if not len(history): raise DataError("this history has no epoch yet; call fit() first")
+    if not isinstance(history, pd.DataFrame) or not len(history): raise DataError("this history has no epoch yet; call fit() first")
+    missing = [name for name in ('epoch', 'lr', 'valid_loss', 'top1_error') if name not in history]
+    if missing: raise DataError(f"this is no history of a training: it has no column {missing[0]!r}")
     fig,axs = plt.subplots(1, 2, figsize=(8, 3), layout='constrained')
     for name,style in _line_styles.items():
         if name in history: axs[int('error' in name)].plot(history.epoch, history[name], label=name.replace('_', ' '), **style)

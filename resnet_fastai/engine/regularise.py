@@ -201,6 +201,8 @@ def regularising(
     mixup, cutmix = _number('mixup', mixup, float('inf'), .4), _number('cutmix', cutmix, float('inf'), 1)
     ema = _number('ema', ema, 1, .999)
     if mixup and cutmix: raise DataError("mixup and cutmix would mix each photo twice; pass one of the two")
+    if loss_func and not callable(loss_func):
+        raise DataError(f"loss_func is {str(loss_func)[:80]!r}; pass a function of outputs and labels")
     asked = (_MixUp, mixup or None), (_CutMix, cutmix or None), (EMA, ema or None), (EarlyStopping, early_stopping)
     return smoothed(label_smoothing, loss_func, dls), [make(value) for make,value in asked if value is not None]
 

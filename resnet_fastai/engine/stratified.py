@@ -1,6 +1,7 @@
 """Draw validation and test photos from a heap: every class alike; groups, and copies of a photo, stay whole"""
 
 import hashlib
+import os
 import re
 import shutil
 import warnings
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from .convert import lay_out, some
-from .files import DataError, PhotoError, quote
+from .files import DataError, PhotoError, open_regular, quote, read_regular
 from .layout import DataPaths, _new_folder, _settle
 from .loader import each_photo
 from .photo import open_photo
@@ -26,14 +27,16 @@ __all__ = ['copies', 'name_keys', 'pieces', 'draw', 'draw_folds', 'check_shares'
 def _sides(path) -> tuple|None:
     "The sides of a photo, the shorter one first; None where its header cannot be read"
     try:
-        with Image.open(path) as img: return tuple(sorted(img.size))
+        with open_regular(path) as f, Image.open(f) as img: return tuple(sorted(img.size))
     except Exception: return None
 
 
 def _digest(path) -> bytes:
-    "SHA-256 of a photo's upright pixels; of its bytes where it cannot be read"
+    "SHA-256 of a photo's upright pixels; of its bytes where they are no photo; of its name where they cannot be read"
     try: rgb = np.asarray(open_photo(path))
-    except PhotoError: return hashlib.sha256(Path(path).read_bytes()).digest()
+    except PhotoError:
+        try: return hashlib.sha256(read_regular(path)).digest()
+        except OSError: return hashlib.sha256(os.fsencode(path)).digest()
     return hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).digest()
 
 

@@ -78,7 +78,8 @@ def measure(
     "Error with its 95 % interval, log loss and cost of each protocol on photos with labels"
     parts, rows, protocols = model_parts(model), [], list(L(protocols))
     photos, targ = labelled_split(parts, split, data_path, label_path)
-    crops = [p for p in protocols if not p.startswith('dense')]
+    kinds = {p: split_protocol(p, parts.size)[0] for p in protocols}            # or its error
+    crops = [p for p in protocols if kinds[p] != 'dense']
     for some in [crops]*bool(crops) + [[p] for p in protocols if p not in crops]:
         probs = np.stack(list(_answers(parts, photos, some, precision=precision)), 1)
         for protocol,p in zip(some, probs):

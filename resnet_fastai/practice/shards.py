@@ -15,7 +15,7 @@ from fastprogress.fastprogress import progress_bar
 from ..data import LabelMap
 from ..engine.batching import prefetch
 from ..engine.fetch import resolve_data
-from ..engine.files import _sync, DataError, PhotoError, read_json_object, sha256_of, sync_folder, write_json
+from ..engine.files import _sync, DataError, PhotoError, read_json_object, read_regular, sha256_of, sync_folder, write_json
 from ..engine.layout import folder_photos, splits
 from ..engine.lock import lock_folder, unlock_folder
 from ..engine.shards import block, header_name, open_shards, write_index
@@ -52,7 +52,7 @@ def _bytes(path, short_side, quality) -> bytes:
     "A photo as it is packed: as it is, or smaller, as `shrink_photos` would write it"
     with suppress(PhotoError):
         if short_side and (data := shrunk(path, short_side, quality)) is not None: return data
-    try: return bytes(path.source.read() if path.source else path.read_bytes())
+    try: return bytes(path.source.read() if path.source else read_regular(path))
     except OSError as e:
         raise PhotoError(f"{str(path)!r} cannot be read: {e.strerror}; repair or remove it, and pack again: it goes on "
                          "where it was") from None

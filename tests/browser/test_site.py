@@ -241,5 +241,5 @@ def test_nets_are_switched_off_and_on(browser, tmp_path, visit, monkeypatch):
     v.page.locator('.interactive label', has_text='plain-56').locator('input').check()
     assert paths.count() == 8
     v.page.locator('.interactive svg').hover()
-    assert 'resnet-20: ' in v.page.locator('.interactive').inner_text()
+    assert 'ResNet-20: ' in v.page.locator('.interactive').inner_text()
     assert v.page.evaluate('document.documentElement.scrollWidth') <= 390
