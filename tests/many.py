@@ -194,13 +194,30 @@ def failing(paths, out, folder):
     m.fit(3)
 
 
-def stopped(paths, out, folder):
+class Late(Callback):
+    "Ask one process to stop while it agrees with the others, or when it has agreed already"
+    order = 99
+    def __init__(self, watch, when): self.watch, self.when = watch, when
+    def ask(self): os.kill(os.getpid(), signal.SIGINT)
+    def before_fit(self):
+        agree = self.learn.many_processes.sum
+        def sum_(*values):
+            total = agree(*values)
+            if self.when == 'meanwhile' and self.watch.batches == 4 and rank == ranks - 1: self.ask()
+            return total
+        self.learn.many_processes.sum = sum_
+    def after_batch(self):
+        if self.training and self.when == 'after' and self.watch.batches == 4 and rank == ranks - 1: self.ask()
+
+
+def stopped(paths, out, folder, when):
     "One process of several is asked to stop"
     def ask(watch):
-        if watch.batches == 3 and rank == ranks - 1: os.kill(os.getpid(), signal.SIGINT)
-    m = model(paths, run_folder=folder, cbs=Watch(ask))
+        if when == 'before' and watch.batches == 3 and rank == ranks - 1: os.kill(os.getpid(), signal.SIGINT)
+    watch = Watch(ask)
+    m = model(paths, run_folder=folder, cbs=[watch, Late(watch, when)])
     try: m.fit(3)
-    except KeyboardInterrupt: torch.save(dict(weights=weights(m), files=len(m.learn.checkpoint.files())), out)
+    except KeyboardInterrupt: torch.save(dict(weights=weights(m), files=len(m.learn.checkpoint.files()), batches=watch.batches), out)
 
 
 def tables(paths, out, folder):
@@ -309,7 +326,7 @@ def main(what, folder):
     elif what == 'failing': failing(paths, out, folder/'run-failing')
     elif what.startswith('different'): different(paths, out, folder, what.partition('-')[2])
     elif what == 'small': model(paths, bs=3)
-    elif what == 'stopped': stopped(paths, out, folder/'run-stopped')
+    elif what.startswith('stopped'): stopped(paths, out, folder/f'run-{what}', what.partition('-')[2])
     if dist.is_initialized(): dist.destroy_process_group()
 
 

@@ -210,10 +210,12 @@ def test_a_process_that_fails_ends_the_job_with_its_sentence(ranks, folder):
     assert all(codes[0]) and 'no numbers' in said and 'train/' in said
 
 
-def test_one_interrupted_process_stops_them_all_in_good_order(ranks, folder):
-    codes, said = ranks(folder, '2:stopped')
+@pytest.mark.parametrize('when,batches', [('before', 4), ('meanwhile', 6), ('after', 6)])      # an update is two batches
+def test_one_interrupted_process_stops_them_all_in_good_order(ranks, folder, when, batches):
+    codes, said = ranks(folder, f'2:stopped-{when}')
     assert codes == [[0, 0]], said
-    one, other = left(2, 'stopped', folder)
+    one, other = left(2, f'stopped-{when}', folder)
+    assert one['batches'] == other['batches'] == batches
     assert one['files'] == 1 and all(torch.equal(v, other['weights'][k]) for k, v in one['weights'].items() if 'running' not in k)
 
 

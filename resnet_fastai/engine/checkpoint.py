@@ -128,6 +128,7 @@ class ResumableLearner(Learner):
     first_epoch,rest,stopping,decay,spec,call = 0,None,False,'weights',None,None
     weights,restored,protocol,one_cycle = None,None,'50crop',False        # what it began with, the epoch it went back to, how it predicts
     asked_lr = None                                        # the rate that it was made with; None: the paper's
+    agreed = None                                          # do all processes end now? None: there is only this one
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -156,7 +157,12 @@ class ResumableLearner(Learner):
 
     def one_batch(self, i, b):
         super().one_batch(i, b)
-        if self.stopping and self.between_updates: raise CancelFitException()
+        if self.ends_now: raise CancelFitException()
+
+    @property
+    def ends_now(self):
+        "Does the fit end here? A signal that comes after the processes have agreed counts after the next update"
+        return self.between_updates and (self.stopping if self.agreed is None else self.agreed)
 
     @property
     def between_updates(self):

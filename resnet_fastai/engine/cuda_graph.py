@@ -226,7 +226,7 @@ class _Updates:
         except BaseException:
             self.flush()
             raise
-        if getattr(learn, 'stopping', False) and learn.between_updates:
+        if getattr(learn, 'ends_now', False):
             self.flush()
             raise CancelFitException()
 

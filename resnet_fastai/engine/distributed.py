@@ -26,6 +26,7 @@ class ManyProcesses(Callback):
             raise DataError("lr_find runs in one process; start it without torchrun, and train with the rate that it finds")
         self.run,self.net = not hasattr(self.learn, 'lr_finder'),None
         if not self.seeded: self.compare()
+        self.learn.agreed = False
         for dl in self.dls.loaders: dl.rng.setstate(self.on_rank0(dl.rng.getstate))
         if not self.seeded: torch.manual_seed(torch.initial_seed() + rank_distrib())     # each process draws its own lighting
         self.seeded = True
@@ -49,9 +50,15 @@ class ManyProcesses(Callback):
 
     def after_batch(self):
         "Stop together; keep what a metric needs that is no mean over photos"
-        if self.training and self.between_updates: self.learn.stopping = self.sum(float(self.stopping))[0] > 0
+        if self.training and self.between_updates: self.agree()
         if not self.training and hasattr(self, 'recorder') and self.odd:
             self.seen.append(to_detach([self.pred, *self.yb, self.loss], gather=False))
+
+    def agree(self):
+        "Each process says once whether it has been told to end; what a signal says meanwhile is kept for the next time"
+        self.learn.agreed = self.sum(float(self.stopping))[0] > 0
+        if self.learn.agreed: self.learn.stopping = True
+    def after_fit(self): self.agree()
 
     def after_train(self):
         if self.net is None: return
