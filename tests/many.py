@@ -217,7 +217,8 @@ def stopped(paths, out, folder, when):
     watch = Watch(ask)
     m = model(paths, run_folder=folder, cbs=[watch, Late(watch, when)])
     try: m.fit(3)
-    except KeyboardInterrupt: torch.save(dict(weights=weights(m), files=len(m.learn.checkpoint.files()), batches=watch.batches), out)
+    except KeyboardInterrupt:
+        torch.save(dict(weights=weights(m), files=len(m.learn.checkpoint.files()), batches=watch.batches, after=list(m.learn.validate())), out)
 
 
 def tables(paths, out, folder):

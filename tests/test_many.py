@@ -215,7 +215,7 @@ def test_one_interrupted_process_stops_them_all_in_good_order(ranks, folder, whe
     codes, said = ranks(folder, f'2:stopped-{when}')
     assert codes == [[0, 0]], said
     one, other = left(2, f'stopped-{when}', folder)
-    assert one['batches'] == other['batches'] == batches
+    assert one['batches'] == other['batches'] == batches and one['after'] == other['after']
     assert one['files'] == 1 and all(torch.equal(v, other['weights'][k]) for k, v in one['weights'].items() if 'running' not in k)
 
 

@@ -162,7 +162,7 @@ class ResumableLearner(Learner):
     @property
     def ends_now(self):
         "Does the fit end here? A signal that comes after the processes have agreed counts after the next update"
-        return self.between_updates and (self.stopping if self.agreed is None else self.agreed)
+        return (self.stopping if self.agreed is None else self.agreed) and self.between_updates
 
     @property
     def between_updates(self):
@@ -271,7 +271,7 @@ def graceful_interrupt(learn):
         if not learn.stopping: raise
     finally:
         for s,h in old.items(): signal.signal(s, h)
-        stopped,learn.stopping = learn.stopping,False
+        stopped,learn.stopping,learn.agreed = learn.stopping,False,None
     if not stopped: return
     advice = learn.checkpoint.advice() if hasattr(learn, 'checkpoint') else 'the learner can be used, and fitted on'
     if asked and all(s == signal.SIGTERM for _,s in asked):
