@@ -5,6 +5,7 @@ signals and exit code, and none of the imports. `python test_cli.py` is that pro
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,6 +131,15 @@ def test_help_comes_at_once_and_is_worth_reading():
     listed = done.stdout.partition('Commands:')[2]
     assert [line.split()[0] for line in listed.splitlines() if line[:2] == '  ' and line.split()[0] in commands][:len(commands)] == commands
     assert all(word in listed for word in ('Exit codes', '130', 'error:'))
+
+
+def test_the_version_is_that_of_the_settings():
+    "And importing what trains prints nothing, whatever its own imports have to say"
+    version = re.search('^version = (.+)$', (Path(__file__).resolve().parent.parent/'settings.ini').read_text(), re.M)[1]
+    done = subprocess.run([sys.executable, '-m', 'resnet_fastai', '--version'], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f'resnet-fastai {version}\n', '')
+    done = subprocess.run([sys.executable, '-c', 'from resnet_fastai.core import train'], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
 
 def test_each_command_has_an_example(shell):

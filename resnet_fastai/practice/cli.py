@@ -13,7 +13,6 @@ import signal
 import sys
 import tempfile
 import threading
-import warnings
 from contextlib import contextmanager, redirect_stdout, suppress
 from enum import Enum
 from inspect import signature
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+
+from .. import __version__
 
 _epilog = """\b
 Exit codes:
@@ -36,12 +37,19 @@ app = typer.Typer(help='Deep residual learning on your own photos: the ResNet pa
 Json = Annotated[bool, typer.Option('--json', help='One JSON document on stdout instead of text')]
 
 
+def _say_version(asked):
+    if not asked: return
+    print('resnet-fastai', __version__)
+    raise typer.Exit()
+
+
 @app.callback()
 def limits(
     max_pixels: Annotated[Optional[int], typer.Option(min=1, envvar='RESNET_FASTAI_MAX_PIXELS', help='Read photos of up to so many pixels; '
         "without it Pillow's 178,956,970, and JPEGs of twice as many")] = None,
     device: Annotated[Optional[str], typer.Option(help="Where to compute: 'cpu', 'cuda:1' or the index of a GPU; without it the GPU where "
                                                        "there is one")] = None,
+    version: Annotated[bool, typer.Option('--version', is_eager=True, callback=_say_version, help='The version, and no more')] = False,
 ):
     "Deep residual learning on your own photos: the ResNet paper from a shell."
     if max_pixels:
@@ -136,7 +144,6 @@ def main(
     args:list|None=None, # Words; None: those of the command line
 ):
     "The command `resnet-fastai`"
-    warnings.filterwarnings('ignore', message='.*torch.jit.script.*')     # fastai's import, no concern of the user's
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     app(args, prog_name='resnet-fastai')
