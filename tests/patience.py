@@ -37,13 +37,14 @@ def until(
     every=.01, # Seconds between two looks
 ):
     "Wait as long as something moves"
-    last, since, looked = moved() or 0, time.monotonic(), time.monotonic()
+    last, idle, looked = moved() or 0, 0, time.monotonic()
     while not (found := what()):
         time.sleep(every)
-        if time.monotonic() - looked < min(1, still/10): continue        # a look through all processes takes a little time itself
+        if (waited := time.monotonic() - looked) < min(1, still/10): continue        # a look through all processes takes a little time itself
         now, looked = moved() or 0, time.monotonic()
-        if now < last or now - last >= still/100: last, since = now, looked
-        else: assert looked - since < still, f'nothing has moved for {still} s'
+        idle += min(waited, still/10)                                   # where the whole machine stood still, its clock may have jumped
+        if now < last or now - last >= still/100: last, idle = now, 0
+        else: assert idle < still, f'nothing has moved for {still} s'
     return found
 
 
