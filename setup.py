@@ -27,7 +27,7 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), zip_safe=False,
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={k: shlex.split(cfg[k + '_requirements']) for k in ('app', 'clean', 'dev', 'hub', 'onnx')},
+    extras_require={k: shlex.split(cfg[k + '_requirements']) for k in ('app', 'clean', 'dev', 'heic', 'hub', 'onnx')},
     entry_points={'console_scripts': shlex.split(cfg['console_scripts']),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     classifiers=['Programming Language :: Python :: 3', 'Framework :: Jupyter', 'Topic :: Scientific/Engineering :: Image Recognition'],

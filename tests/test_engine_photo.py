@@ -48,8 +48,7 @@ def test_a_strip_at_the_limit_is_a_photo(): assert open_photo(Image.new('L', (30
 
 def test_files_that_are_no_photos_are_named(turned, tmp_path):
     (tmp_path/'cut.png').write_bytes(turned.read_bytes()[:60])
-    (tmp_path/'i.HEIC').write_bytes(b'\0\0\0\x18ftypheic')
-    for name, says in (('cut.png', r"cut\.png' cannot be read as a photo"), ('gone.png', r"gone\.png' does not exist"), ('i.HEIC', 'register_heif_opener')):
+    for name, says in (('cut.png', r"cut\.png' cannot be read as a photo"), ('gone.png', r"gone\.png' does not exist")):
         with pytest.raises(PhotoError, match=says): open_photo(tmp_path/name)
     with pytest.raises(PhotoError, match='is a folder, not a photo'): open_photo(tmp_path)
 

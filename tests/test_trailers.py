@@ -83,7 +83,7 @@ def test_several_pictures_in_one_file():
     for more in (data, data[:-300], data + b'\xff\xda', data + movie()): assert np.array_equal(np.asarray(open_photo(more)), expected)
 
 
-# ── Orientations that are none, and names that lie ───────────────────────────────────────────────────────────────────────────
+# ── Orientations that are none ───────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.filterwarnings('ignore:Metadata Warning')
 @pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP'])
@@ -106,11 +106,3 @@ def odd_exif(value):
         3, 2, struct.pack('<2H', *value))
     entry = struct.pack('<HHI', 0x0112, kind, n) + (data.ljust(4, b'\0') if len(data) <= 4 else struct.pack('<I', 26))
     return b'Exif\0\0' + b'II*\0\x08\0\0\0' + struct.pack('<H', 1) + entry + bytes(4) + (data if len(data) > 4 else b'')
-
-
-@pytest.mark.parametrize('name', ['a.heic', 'b.HEIF', 'c.JPG', "it's \"one\".heic", 'd.png'])
-def test_heic_is_named_whatever_it_is_called(tmp_path, name):
-    (tmp_path/name).write_bytes(struct.pack('>I4s4sI', 24, b'ftyp', b'heic', 0) + b'mif1heic' + bytes(2000))
-    with pytest.raises(PhotoError, match=r'HEIC.*pillow_heif'): open_photo(tmp_path/name)
-    (tmp_path/name).write_bytes(b'no picture at all')
-    with pytest.raises(PhotoError, match='not an image, or damaged'): open_photo(tmp_path/name)

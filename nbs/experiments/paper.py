@@ -6,6 +6,7 @@ The rules are in `paper.json`. A test names the rules that it checks: `@pytest.m
 `tests/`, or the line `# paper: 3.4-crop` in a notebook's cell."""
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -179,6 +180,7 @@ def main():
     if found := problems(): sys.exit('\n'.join(found))
     file = root/'nbs'/'experiments'/'from_the_paper.ipynb'
     nb = nbformat.read(file, 4)
+    os.environ.pop('MPLBACKEND', None)                                  # of a terminal without a screen: it would draw nothing here
     NotebookClient(nb, kernel_name='python3', resources={'metadata': {'path': str(file.parent)}}).execute()
     nbformat.write(nb, file)
     subprocess.run(['nbdev-clean', '--fname', str(file)], check=True)

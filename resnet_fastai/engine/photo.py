@@ -1,6 +1,8 @@
 """Decode one photo, upright and in RGB, no finer than it is needed."""
 import os
 from contextlib import contextmanager, suppress
+from functools import lru_cache
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -167,15 +169,26 @@ def _header(data):
     "The PIL image of a file's bytes; JPEGs without Pillow's limit, since they can be decoded at 1/8"
     if data[:3] == b'\xff\xd8\xff':
         with suppress(Exception): return jpeg_factory(BytesIO(data))
+    if _is_heic(data): _heic_opener()
     return Image.open(BytesIO(data))
+
+
+def _is_heic(data): return data[4:8] == b'ftyp' and data[8:12] in b'heic heix heim heis hevc hevx mif1 msf1'.split()
+
+
+@lru_cache
+def _heic_opener():
+    "Let Pillow read HEIC, where it can learn that"
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+        register_heif_opener()
 
 
 def _reason(e, data):
     if isinstance(e, Image.UnidentifiedImageError):
-        if data is not None and data[4:8] == b'ftyp' and data[8:12] in (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1',
-                                                                        b'msf1'):
-            return 'it is a HEIC file, which Pillow opens only after pillow_heif.register_heif_opener()'
-        return 'not an image, or damaged'
+        if data is None or not _is_heic(data): return 'not an image, or damaged'
+        if find_spec('pillow_heif'): return 'it is a HEIC file, and damaged'
+        return 'it is a HEIC file, as iPhones write them; to read these: pip install "resnet_fastai[heic]"'
     return getattr(e, 'strerror', None) or str(e) or type(e).__name__
 
 

@@ -21,7 +21,7 @@ from ..augment import resize_short
 from ..engine.batching import batch_size
 from ..engine.demo_photos import _textures, draw_photo
 from ..engine.files import DataError, PhotoError, cut
-from ..engine.layout import list_photos
+from ..engine.layout import list_photos, photo_suffixes
 from ..engine.photo import open_photo
 from ..inference import crop_probs, extract_crops, protocol_boxes
 from .look import _heat, require_trained, top_labels
@@ -352,7 +352,8 @@ class Page:
         photos = partial(gr.Gallery, show_label=False, height='auto', allow_preview=False, interactive=False, buttons=[])
         with gr.Row():
             with column(scale=4):
-                self.drop = gr.File(label='Your photos', file_count='multiple', file_types=['image'], height=150, elem_id='drop')
+                self.drop = gr.File(label='Your photos', file_count='multiple', file_types=['image', *sorted(photo_suffixes)], height=150,
+                                    elem_id='drop')         # by name too: few systems know HEIC as an image
                 self.large = gr.Textbox(visible='hidden', elem_id='large')
                 if self.examples:
                     gr.HTML('<h3>Or try one of these</h3>')
