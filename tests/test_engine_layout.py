@@ -51,7 +51,9 @@ def test_splits_are_searched_to_the_bottom(tmp_path):
     assert [p.relative_to(tmp_path).as_posix() for p in list_photos(tmp_path/'train')] == ['train/1.jpg', 'train/b/2.JPG']
     with pytest.raises(DataError, match='has no folder val/; it has train, valid; class folders become'): split_photos(tmp_path)
     (tmp_path/'val').mkdir()
-    with pytest.raises(DataError, match='holds no photos'): split_photos(tmp_path)
+    with pytest.raises(DataError, match=r'holds no photos .*to the bottom\)$'): split_photos(tmp_path)
+    touch(tmp_path, 'val/a/1.CR2', 'val/2.dng', 'val/notes.txt')
+    with pytest.raises(DataError, match='; .cr2 and .dng files hold what a camera'): split_photos(tmp_path)
 
 
 # ── Class folders ────────────────────────────────────────────────────────────────────────────────────────────────────────────

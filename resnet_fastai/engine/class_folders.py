@@ -10,7 +10,7 @@ from .convert import Row, lay_out, some
 from .fetch import _archives, resolve_data
 from .files import DataError
 from .ids import normal_text
-from .layout import DataPaths, _scan, list_photos
+from .layout import DataPaths, _scan, list_photos, no_photos
 from .stratified import lay_out_heap, name_keys
 
 __all__ = ['from_folders']
@@ -59,7 +59,7 @@ def _rows(split, folder) -> list:
     if split == 'test': return [Row(rel, p, normal_text(rel.partition('/')[0]) if '/' in rel else '', split) for p, rel in photos.items()]
     if loose: raise DataError(f"{loose[0]} lies in no class folder; move it to {folder/'CLASS'/loose[0].name}, "
                                "or name the labels in a CSV, which from_csv reads")
-    if not photos: raise DataError(f"{folder} holds no photos")
+    if not photos: raise no_photos(folder)
     _refuse_wrapped(folder, photos.values())
     return [Row(rel, p, normal_text(rel.partition('/')[0]), split) for p, rel in photos.items()]
 

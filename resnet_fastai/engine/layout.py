@@ -15,6 +15,7 @@ from .shards import open_shards, Shards, Source
 
 photo_suffixes = frozenset('.jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif '
                            '.heic .heif .jp2 .mpo .ppm .pgm .pbm .tga'.split())
+raw_suffixes = frozenset('.arw .cr2 .cr3 .dng .nef .orf .pef .raf .raw .rw2 .srw'.split())       # what a camera's sensor saw
 
 
 def _scan(folder, above=(), photos=True):
@@ -27,6 +28,16 @@ def _scan(folder, above=(), photos=True):
     for e in entries:
         if os.path.isdir(e.path) if e.is_symlink() else e.is_dir(): yield from _scan(e.path, (*above, me), photos)
         elif (os.path.splitext(e.name)[1].lower() in photo_suffixes) == photos: yield e.path
+
+
+def no_photos(
+    folder:str|Path, # Where none was found
+) -> DataError: # To be raised
+    "Says so, and what is there in their place"
+    raw = []
+    with suppress(DataError): raw = sorted({os.path.splitext(p)[1].lower() for p in _scan(folder, photos=False)} & raw_suffixes)
+    advice = f"; {' and '.join(raw)} files hold what a camera's sensor saw: export them as JPEG" if raw else ''
+    return DataError(f"{folder} holds no photos (looked for .jpg, .png and so on, to the bottom){advice}")
 
 
 def list_photos(
@@ -159,7 +170,7 @@ def photo_inputs(
     folder = isinstance(image, (str, Path)) and os.path.isdir(image)
     if not folder and not isinstance(image, (list, tuple, L, PhotoList)): return [image], True
     photos = list_photos(image) if folder else image
-    if not len(photos): raise DataError(f"{image} holds no photos" if folder else "there are no photos in this list")
+    if not len(photos): raise no_photos(image) if folder else DataError("there are no photos in this list")
     return photos, False
 
 
@@ -178,8 +189,7 @@ def split_photos(
         if s in needed and not there: raise DataError(f"{data_path} has no folder {s}/; {_instead(data_path)}")
         names = (os.fsencode(p[len(root):]) for p in _scan(root + s)) if there else ()
         photos[s] = PhotoList(data_path, np.sort(np.array([*names], dtype='S')) if there else [])
-        if s in needed and not len(photos[s]):
-            raise DataError(f"{root}{s} holds no photos (looked for .jpg, .png and so on, to the bottom)")
+        if s in needed and not len(photos[s]): raise no_photos(root + s)
     return photos
 
 

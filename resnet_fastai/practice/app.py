@@ -21,7 +21,7 @@ from ..augment import resize_short
 from ..engine.batching import batch_size
 from ..engine.demo_photos import _textures, draw_photo
 from ..engine.files import DataError, PhotoError, cut
-from ..engine.layout import list_photos, photo_suffixes
+from ..engine.layout import list_photos, no_photos, photo_suffixes
 from ..engine.photo import open_photo
 from ..inference import crop_probs, extract_crops, protocol_boxes
 from .look import _heat, require_trained, top_labels
@@ -145,7 +145,7 @@ def example_photos(
     "Photos to begin with"
     if folder is not None:
         if found := list_photos(folder): return [str(found[i]) for i in np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)]
-        raise DataError(f"{folder} holds no photos to show as examples")
+        raise no_photos(folder)
     if dest is None or not {*labels.encoding} <= {*_textures}: return []
     rng, paths = np.random.default_rng(7), []
     for label in list(labels.encoding)[:most]:

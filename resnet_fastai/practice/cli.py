@@ -621,11 +621,10 @@ def _choose(
 
 def _answers(net, photos, n, to, min_prob=None):
     "Dicts of photo, error, labels, and, where there is a threshold, whether the first label reaches it"
-    from resnet_fastai.engine.files import DataError
-    from resnet_fastai.engine.layout import list_photos
+    from resnet_fastai.engine.layout import list_photos, no_photos
     from resnet_fastai.practice.predict_folder import predict_folder
     files = [q for p in photos for q in (list_photos(p) if p.is_dir() else [p])]
-    if not files: raise DataError(f'{photos[0]} holds no photos')
+    if not files: raise no_photos(photos[0])
     least = net.min_prob if min_prob is None else min_prob
     if len(files) == 1 and not to:
         best = net.predict_n(files[0], n, min_prob=0)

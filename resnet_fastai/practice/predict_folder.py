@@ -22,7 +22,7 @@ from ..engine.calibration import check_min_prob, tempered
 from ..engine.fast_net import _bare, weights_hash
 from ..engine.fetch import resolve_data
 from ..engine.files import DataError, PhotoError, atomic_write, quote, write_json
-from ..engine.layout import folder_photos, PhotoList
+from ..engine.layout import folder_photos, no_photos, PhotoList
 from ..engine.shared import on_rank0, shared_out, some_of
 from ..engine.splits import model_parts
 from ..engine.protocols import split_protocol
@@ -151,7 +151,7 @@ def _named_photos(photos):
         if '://' in str(photos): photos = resolve_data(photos)
         if not Path(photos).is_dir(): raise DataError(f"{photos} is not a folder; pass a folder of photos, or a list of paths")
         root, found = os.path.join(photos, ''), folder_photos(photos)
-        if not len(found): raise DataError(f"{photos} holds no photos (looked for .jpg, .png and so on, to the bottom)")
+        if not len(found): raise no_photos(photos)
         return found, lambda p: Path(os.path.relpath(p, root)).as_posix(), os.path.abspath(photos)
     photos = photos if isinstance(photos, PhotoList) else list(photos)
     if (wrong := next((p for p in photos if not isinstance(p, (str, Path))), None)) is not None:

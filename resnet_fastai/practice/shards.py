@@ -16,7 +16,7 @@ from ..data import LabelMap
 from ..engine.batching import prefetch
 from ..engine.fetch import resolve_data
 from ..engine.files import _sync, DataError, PhotoError, read_json_object, read_regular, sha256_of, sync_folder, write_json
-from ..engine.layout import folder_photos, splits
+from ..engine.layout import folder_photos, no_photos, splits
 from ..engine.lock import lock_folder, unlock_folder
 from ..engine.shards import block, header_name, open_shards, write_index
 from .prepare import check_shrinking, shrunk
@@ -197,7 +197,7 @@ def pack_photos(
     root, dest = resolve_data(data_path), Path(dest)
     photos = folder_photos(root)
     photos = photos[np.argsort(photos.names, kind='stable')]
-    if not len(photos): raise DataError(f"{root} holds no photos (looked for .jpg, .png and so on, to the bottom)")
+    if not len(photos): raise no_photos(root)
     labels = _labels(photos, root, label_path, label_encoding)
     note = _note(root, photos, labels, dict(shard_mb=shard_mb, short_side=short_side, quality=quality if short_side else None))
     if _begin(dest, root, note):
