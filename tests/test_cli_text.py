@@ -1,13 +1,15 @@
 "How the commands write: lines for logs, tables whatever names hold, and one ending for each kind of failure."
 import io
 import json
+import signal
 import sys
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import typer
 
-from resnet_fastai.practice.cli import LogStream, answering, plain, table
+from resnet_fastai.practice.cli import LogStream, answering, plain, stoppable, table
 
 odd = 'a\nb\t\udcff.jpg'
 
@@ -63,3 +65,14 @@ def test_how_a_command_ends(e, says, code, monkeypatch):
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     with pytest.raises(TypeError, match='a fault of ours'): ending(TypeError('a fault of ours'), monkeypatch, False)
+
+
+@pytest.mark.parametrize('times', [1, 2])
+def test_a_first_signal_ends_nothing_at_once(times):
+    "Also where another process has been told before, and both have agreed to stop: the checkpoint is still being written"
+    learn, done = SimpleNamespace(stopping=False, checkpoint=SimpleNamespace(newest=lambda: 'c.pt')), []
+    with pytest.raises(KeyboardInterrupt, match='stopped; c.pt holds the run; go on with: this'), stoppable(learn, 'this'):
+        learn.stopping = True
+        for i in range(times): signal.raise_signal(signal.SIGTERM)
+        done.append('written')
+    assert done == ['written'][:2-times]

@@ -155,12 +155,14 @@ def stoppable(
     go_on:str, # The command that goes on
 ):
     "End the update at Ctrl-C or SIGTERM, leave a checkpoint, and say how to go on"
+    asked = []
     def stop(*_):
-        if learn.stopping: raise KeyboardInterrupt            # the second time, at once
+        if asked: raise KeyboardInterrupt                     # the second time, at once; `stopping` may come from another process
+        asked.append(True)
         learn.stopping = True
     try:
         with _at_sigterm(stop): yield
-        if learn.stopping: raise KeyboardInterrupt            # in a background job, which Ctrl-C does not reach, the fit just ends
+        if asked: raise KeyboardInterrupt                     # in a background job, which Ctrl-C does not reach, the fit just ends
     except KeyboardInterrupt:
         newest = learn.checkpoint.newest()
         raise KeyboardInterrupt(f"stopped; {newest} holds the run; go on with: {go_on}" if newest else
