@@ -24,6 +24,7 @@ from fastcore.meta import delegates
 from . import inference
 from .data import resnet_dls
 from .engine import fine_tuning
+from .engine.arguments import whole_number
 from .engine.calibration import check_min_prob, tempered
 from .engine.device import as_device
 from .engine.distributed import distribute
@@ -118,9 +119,8 @@ def fit(self:ResNet,
     restore_best:bool=False, # Go back to the weights of the epoch with the smallest validation loss
 ) -> pd.DataFrame: # A row an epoch: epoch, train_loss, valid_loss, top1_error, top5_error, lr, …
     "Train, or train on"
-    if type(epochs) is not int or epochs < 1:
-        raise DataError(f"epochs is {epochs!r}; it must be a whole number from 1 on")
-    return self._trained_by(fine_tuning.fit_on_schedule, restore_best, epochs=epochs, resume=resume)
+    return self._trained_by(fine_tuning.fit_on_schedule, restore_best, resume=resume,
+                            epochs=whole_number('epochs', epochs))
 
 @patch
 def _trained_by(self:ResNet, way, restore_best, **kwargs):
@@ -193,8 +193,7 @@ def predict_n(self:ResNet,
     "The n most likely labels of a photo"
     known = len(self.labels)
     n = min(5, known) if n is None else n
-    if type(n) is not int or not 1 <= n <= known:
-        raise DataError(f"n is {n!r}; this model knows {known} labels: pass 1 to {known}")
+    n = whole_number('n', n, 1, known, f'this model knows {known} labels: ')
     least = check_min_prob((self.min_prob or 0) if min_prob is None else min_prob)
     probs = self.predict(image, **kwargs)
     best = [top_labels(p, self.labels, n) for p in np.atleast_2d(probs)]

@@ -19,11 +19,15 @@ def one_of(
 
 def whole_number(
     name:str, # Of the argument, for the error message
-    value, # What was passed
+    value, # What was passed; NumPy's whole numbers count
+    low:int=1, # The smallest
+    high:int|None=None, # The largest
+    known:str='', # Why there is a largest one, for the message
 ) -> int: # The value
-    "The value, if it is a whole number from 1 on; a ValueError otherwise"
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1: return int(value)
-    raise ValueError(f"{name} is {value!r:.80}; it must be a whole number, 1 or more")
+    "The value, if it is a whole number in these limits; a `DataError` otherwise"
+    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= (value if high is None else high): return int(value)
+    limits = f'{low} or more' if high is None else f'from {low} to {high:,}'
+    raise DataError(f"{name} is {value!r:.80}; {known}it must be a whole number, {limits}")
 
 
 def also_takes(

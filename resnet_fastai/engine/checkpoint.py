@@ -28,6 +28,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 from torch import nn
 
+from .arguments import whole_number
 from .calibration import outdated
 from .files import DataError, atomic_write, sync_folder
 from .finite import _what_stands, LossError
@@ -416,10 +417,8 @@ class Checkpoint(Callback):
         monitor:str='valid_loss', # What makes the best one: a column of the history; smaller is better
     ):
         if not isinstance(folder, (str, os.PathLike)): raise DataError(f"the folder of a run is {folder!r:.80}; name it: 'runs/flowers'")
-        if every != 'epoch' and (type(every) is not int or every < 1):
-            raise DataError(f"every is {every!r}; it must be 'epoch' or a number of updates")
-        if keep is not None and (type(keep) is not int or keep < 1):
-            raise DataError(f"keep is {keep!r}; it must be a number from 1 on, or None")
+        if every != 'epoch': every = whole_number('every', every, known="if not 'epoch' ")
+        if keep is not None: keep = whole_number('keep', keep, known='if not None ')
         self.folder,self.every,self.keep,self.monitor = Path(folder),every,keep,monitor
         self.best,self.batches,self.updates,self.mine,self.state = float('inf'),0,0,False,None
         self.identity = self.last = None                    # what makes the run; the newest file that we know of

@@ -6,6 +6,7 @@ from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
+from .arguments import whole_number
 from .calibration import outdated
 from .checkpoint import get_rng, set_rng
 from .files import DataError
@@ -46,7 +47,7 @@ def exact_bn(
     or threshold that was measured before no longer counts."""
     learn = model if isinstance(model, Learner) else getattr(model, 'learn', None)
     if learn is None: raise DataError("a loaded model has no training photos to average over; exact_bn needs a learner")
-    if type(photos) is not int or photos < 2: raise DataError(f"photos is {photos!r:.80}; it must be a whole number from 2 on")
+    photos = whole_number('photos', photos, 2)
     rng, seen = get_rng(learn.dls.loaders), []
     def inputs():
         for x, *_ in takewhile(lambda _: sum(seen) < photos, progress_bar(learn.dls.train, leave=False)):

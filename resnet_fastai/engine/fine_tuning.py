@@ -3,6 +3,7 @@ import numpy as np
 from fastai.callback.core import Callback
 from torch import nn
 
+from .arguments import whole_number
 from .checkpoint import read_checkpoint
 from .files import DataError
 
@@ -103,8 +104,7 @@ def fine_tune(
     resume:bool=False, # Go on from the newest checkpoint; begin where there is none
 ):
     "Train the head, then all layers with rates that fall towards the stem; each is one cycle, as in fastai's `fine_tune`"
-    for name,n,low in (('epochs', epochs, 1), ('freeze_epochs', freeze_epochs, 0)):
-        if type(n) is not int or n < low: raise DataError(f"{name} is {n!r}; it must be a whole number from {low} on")
+    epochs,freeze_epochs = whole_number('epochs', epochs),whole_number('freeze_epochs', freeze_epochs, 0)
     # as nbs/experiments/fine_tuning.py found
     lr = float(next(v for v in (lr, learn.asked_lr, min(10*np.max(learn.lr), .1)) if v is not None))
     before, at = _where(learn, freeze_epochs, epochs) if resume else (len(learn.history.rows), 'beginning')

@@ -8,6 +8,7 @@ from fastai.imports import noop
 from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import GetAttr
 
+from .arguments import whole_number
 from .files import DataError
 
 
@@ -160,8 +161,7 @@ class EarlyStopping(Callback):
         patience:int=5, # Epochs without improvement after which the fit ends
         monitor:str='valid_loss', # A column of the history; smaller is better
     ):
-        if type(patience) is not int or patience < 1:
-            raise DataError(f"early_stopping is {patience!r:.80}; it must be a whole number of epochs from 1 on")
+        patience = whole_number('early_stopping', patience)
         self.patience,self.monitor,self.best,self.wait,self.trained = patience,monitor,float('inf'),0,False
 
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')

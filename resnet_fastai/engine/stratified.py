@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .arguments import whole_number
 from .convert import lay_out, some
 from .files import DataError, PhotoError, open_regular, quote, read_regular
 from .layout import DataPaths, _new_folder, _settle
@@ -174,8 +175,7 @@ def check_shares(val, test, folds):
     if not share(val, 1e-9) or not share(test, 0) or val + test >= 1:
         raise DataError(f"val is {quote(val)} and test is {quote(test)}; shares from 0 to 1 are needed that leave photos "
                         "to train on, like .2 and .1")
-    if folds is not None and (type(folds) is not int or folds < 2):
-        raise DataError(f"folds is {quote(folds)}; a whole number from 2 on is needed")
+    if folds is not None: whole_number('folds', folds, 2)
 
 
 def _tell(source, rows, names, y, split, copy, keys):

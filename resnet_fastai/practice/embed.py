@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..engine.arguments import whole_number
 from ..engine.batching import batch_size, batched_forward, prefetch
 from ..engine.fast_net import _bare, _copy
 from ..engine.files import DataError
@@ -79,7 +80,7 @@ def similar(
     protocol:str='1crop', # As for `embed`
 ) -> pd.DataFrame: # photo (its path, or its place in the list), similarity, label where photos know theirs; the most similar first
     "The photos whose features point the same way, by cosine similarity; the photo itself is left out"
-    if type(n) is not int or n < 1: raise DataError(f"n is {n!r:.80}; it must be a whole number from 1 on")
+    n = whole_number('n', n)
     photos, one = photo_inputs(photos)
     if one: raise DataError(f"photos is one photo, {str(photos[0])!r:.80}; pass a folder or a list")
     features = embed(model, photos, protocol) if features is None else np.asarray(features)

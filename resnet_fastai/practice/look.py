@@ -18,6 +18,7 @@ from torch import nn
 
 from ..augment import PhotoNormalize, resize_short
 from ..data import LabelMap
+from ..engine.arguments import whole_number
 from ..engine.calibration import tempered
 from ..engine.files import DataError
 from ..engine.layout import photo_inputs
@@ -89,7 +90,7 @@ def show_prediction(
 ) -> plt.Figure: # Each photo beside its bars
     "Draw photos beside the probabilities of their likeliest labels"
     t, (photos,_) = require_trained(model), photo_inputs(photo)
-    if type(n) is not int or n < 1: raise DataError(f"n is {n!r}; it must be a whole number from 1 on")
+    n = whole_number('n', n)
     if len(photos) > most: raise DataError(f"{len(photos):,} photos do not fit into a picture; show {most} of them, or let predict_folder "
                                            "write a table")
     probs = tempered(predict_probs(t.net, list(photos), t.stats, t.size, t.protocol), t.temperature)

@@ -18,6 +18,7 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from fastprogress.fastprogress import progress_bar
 
+from ..engine.arguments import whole_number
 from ..engine.calibration import check_min_prob, tempered
 from ..engine.fast_net import _bare, weights_hash
 from ..engine.fetch import resolve_data
@@ -199,10 +200,7 @@ def predict_folder(
 
 def _how_many(n, known):
     "Labels for each photo"
-    if n is None: return min(5, known)
-    if type(n) is not int or not 1 <= n <= known:
-        raise DataError(f"n is {n!r}; this model knows {known} labels, so it must be from 1 to {known}")
-    return n
+    return min(5, known) if n is None else whole_number('n', n, 1, known, f'this model knows {known} labels: ')
 
 
 def _finished(rows, dest, n, min_prob):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..augment import resize_short
 from ..data import LabelMap, resolve_data
+from ..engine.arguments import whole_number
 from ..engine.files import DataError, PhotoError, quote, read_json_object, atomic_write, write_json
 from ..engine.label_files import alike, as_label, read_encoding, read_ids
 from ..engine.layout import _scan, link_photo, list_photos, split_photos, splits
@@ -112,9 +113,8 @@ def check_shrinking(
     quality:int, # Of a JPEG
 ):
     "A `DataError` where these cannot be"
-    for name,value,most in ('short_side', short_side, 65_535), ('quality', quality, 100):
-        if type(value) is not int or not 1 <= value <= most:
-            raise DataError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
+    whole_number('short_side', short_side, 1, 65_535)
+    whole_number('quality', quality, 1, 100)
 
 
 def _shrink(path, root, dest, side, quality):

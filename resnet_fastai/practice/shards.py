@@ -13,6 +13,7 @@ import numpy as np
 from fastprogress.fastprogress import progress_bar
 
 from ..data import LabelMap
+from ..engine.arguments import whole_number
 from ..engine.batching import prefetch
 from ..engine.fetch import resolve_data
 from ..engine.files import _sync, DataError, PhotoError, read_json_object, read_regular, sha256_of, sync_folder, write_json
@@ -192,7 +193,7 @@ def pack_photos(
     num_workers:int|None=None, # Threads; None: one a core
 ) -> Path: # dest: train on it as on `data_path`
     "Pack photos into tar files with an index; a call that was stopped goes on where it was"
-    if type(shard_mb) is not int or shard_mb < 1: raise DataError(f"shard_mb is {shard_mb!r}; it must be a whole number from 1 on")
+    shard_mb = whole_number('shard_mb', shard_mb)
     check_shrinking(short_side or 1, quality)
     root, dest = resolve_data(data_path), Path(dest)
     photos = folder_photos(root)

@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from ..engine.arguments import whole_number
 from ..engine.files import DataError
 from ..engine.photo import open_photo
 from .look import _say
@@ -47,7 +48,7 @@ def suspects(
 ) -> pd.DataFrame: # photo, label, suggested, quality (0 to 1: how well the label fits), suspicious (bool); the worst first
     "Rank photos by how little their label fits, and mark those whose label is probably wrong"
     find, quality = _cleanlab()
-    if n is not None and (type(n) is not int or n < 1): raise DataError(f"n is {n!r:.80}; it must be a whole number from 1 on")
+    n = n if n is None else whole_number('n', n)
     models = list(model) if isinstance(model, (list, tuple)) else [model]
     if not models: raise DataError("there is no model in this list; pass one for each fold")
     paths, targ, probs, labels = _out_of_fold(models, split, data_path, label_path)
