@@ -342,6 +342,9 @@ def test_csv_names_that_begin_with_a_split(tmp_path):
 @pytest.mark.parametrize('text, says', [
     ('fname,label\na/1.jpg,x\na/9.jpg,y\nz.jpg,y\n', r'names photos that are not in .* \(2 of 3; first: a/9.jpg\)'),
     ('fname,label\na/1.jpg,x\na/2.jpg,\n', r'has no label for a photo \(1 of 2 rows; first: row 3\)'),
+    ('\nfname,label\n\n\na/1.jpg,x\n,\na/2.jpg,\n\n', r'has no label for a photo \(1 of 2 rows; first: row 7\)'),
+    ('\n\nfname;label\na/1.jpg;x\na/2.jpg;\n', r'has no label for a photo \(1 of 2 rows; first: row 5\)'),
+    ('sep=,\nfname,label\n\na/1.jpg,x\na/2.jpg,\n', r'has no label for a photo \(1 of 2 rows; first: row 5\)'),
     ('fname,label\na/1.jpg,x\na/2.jpg,  \n', r'has no label for a photo'),
     ('fname,label\na/1.jpg,x\na/1.jpg,y\n', r'names a photo twice, with different labels \(1 of 2 rows; first: row 3\)'),
     ('fname,label\na/1.jpg,x\n./a/1.jpg,y\n', r'names a photo twice'),

@@ -31,16 +31,18 @@ def _separator(text: str) -> tuple:
     "(the character between two fields, the text without a first line like sep=;)"
     first, _, rest = text.partition('\n')
     if said := re.fullmatch(r'"?sep=(.)"?\s*', first, re.IGNORECASE): return said[1], rest          # for spreadsheets
-    return (',' if ',' in first else next((s for s in ';\t' if s in first), ',')), text
+    header = text.lstrip('\r\n').partition('\n')[0]
+    return (',' if ',' in header else next((s for s in ';\t' if s in header), ',')), text
 
 
 def read_table(
     path: str|Path, # A CSV with a header; commas, semicolons or tabs between the fields
-) -> pd.DataFrame: # Of texts; `attrs['first']`: the number of the line below the header
+) -> pd.DataFrame: # Of texts; `attrs`: `first`, the number of the row below the header, and `blank`, the numbers of rows without anything
     "Read a table of texts, all rows of one length"
     separator, text = _separator(whole := _text(path))
-    try: rows = [r for r in csv_reader(StringIO(text, newline=''), delimiter=separator) if any(r)]
+    try: read = [*csv_reader(StringIO(text, newline=''), delimiter=separator)]
     except CSVError as e: raise DataError(f"{path} is not a CSV in UTF-8: {e}") from None
+    rows, start = [r for r in read if any(r)], 1 if text is whole else 2
     if len(rows) < 2: raise DataError(f"{path} has no rows below its header")
     header = [c.strip() for c in rows[0]]
     for r in rows:
@@ -50,7 +52,7 @@ def read_table(
         raise DataError(f"{path} begins with a photo; put the line fname,label on top")
     if len(set(header)) < len(header): raise DataError(f"{path} has two columns of one name: {_list(header)}")
     table = pd.DataFrame(rows[1:], columns=header, dtype=object)
-    table.attrs['first'] = 2 if text is whole else 3
+    table.attrs |= dict(first=start + 1, blank=[i for i,r in enumerate(read, start) if not any(r)])
     return table.drop(columns=[c for c in header[:1] if c in ('', 'Unnamed: 0')])                   # the index that pandas writes
 
 
@@ -164,10 +166,17 @@ _splits = {**dict.fromkeys('true 1 1.0 valid val validation dev'.split(), 'val')
            **dict.fromkeys(['false', '0', '0.0', 'train', 'training', ''], 'train')}
 
 
+def _row_number(table, place):
+    "The number that a spreadsheet gives to a row of the table"
+    number = table.attrs['first'] + place
+    for blank in table.attrs['blank']: number += blank <= number
+    return number
+
+
 def _refuse(csv, table, bad, what, advice):
     "A `DataError` that counts the bad rows and names the first"
     if bad.any():
-        raise DataError(f"{csv} {what} ({int(bad.sum()):,} of {len(bad):,} rows; first: row {int(np.argmax(bad)) + table.attrs['first']}); "
+        raise DataError(f"{csv} {what} ({int(bad.sum()):,} of {len(bad):,} rows; first: row {_row_number(table, int(np.argmax(bad)))}); "
                         f"{advice}")
 
 
