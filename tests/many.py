@@ -4,6 +4,7 @@
     python many.py serve                                # then a line of JSON for each request; see ranks.py
 
 Each process leaves what it knows in FOLDER/WHAT-N-RANK.pt; without `torchrun` it is one process."""
+import copy
 import json
 import os
 import signal
@@ -25,6 +26,8 @@ from fastai.metrics import AccumMetric  # noqa: E402
 from torch import nn  # noqa: E402
 
 from resnet_fastai.core import ResNet  # noqa: E402
+from resnet_fastai.engine.checkpoint import get_rng, set_rng  # noqa: E402
+from resnet_fastai.engine.exact_bn import average_statistics, exact_bn  # noqa: E402
 from resnet_fastai.engine.layout import DataPaths  # noqa: E402
 from resnet_fastai.engine.shared import Answers  # noqa: E402
 from resnet_fastai.engine.survey import scan_photos  # noqa: E402
@@ -194,6 +197,19 @@ def failing(paths, out, folder):
     m.fit(3)
 
 
+def after_fit(paths, out, folder):
+    "What is done to a trained model; only the first process can see the run's folder"
+    m = model(paths, run_folder=folder/f'run-after-{rank}')
+    m.fit(2, restore_best=True)
+    best, own = weights(m), copy.deepcopy(m.net)
+    rng = get_rng(m.learn.dls.loaders)
+    seen = [x for x, _ in m.learn.dls.train]
+    set_rng(rng, m.learn.dls.loaders)
+    average_statistics(own, seen)
+    photos = exact_bn(m.learn, 46)
+    torch.save(dict(best=best, restored=m.learn.restored, own=own.state_dict(), exact=weights(m), photos=photos, seen=sum(map(len, seen))), out)
+
+
 class Late(Callback):
     "Ask one process to stop while it agrees with the others, or when it has agreed already"
     order = 99
@@ -327,6 +343,7 @@ def main(what, folder):
     elif what == 'failing': failing(paths, out, folder/'run-failing')
     elif what.startswith('different'): different(paths, out, folder, what.partition('-')[2])
     elif what == 'small': model(paths, bs=3)
+    elif what == 'after': after_fit(paths, out, folder)
     elif what.startswith('stopped'): stopped(paths, out, folder/f'run-{what}', what.partition('-')[2])
     if dist.is_initialized(): dist.destroy_process_group()
 

@@ -210,6 +210,19 @@ def test_a_process_that_fails_ends_the_job_with_its_sentence(ranks, folder):
     assert all(codes[0]) and 'no numbers' in said and 'train/' in said
 
 
+def test_after_training_all_have_the_same_network(ranks, folder):
+    "The best epoch's weights, from the folder that the first one has written; BN's averages over the photos of all"
+    codes, said = ranks(folder, '2:after')
+    assert codes == [[0, 0]], said
+    one, other = left(2, 'after', folder)
+    assert one['restored'] == other['restored'] and one['photos'] == other['photos'] == one['seen'] + other['seen'] == 46
+    for name, v in one['exact'].items():
+        if 'num_batches' in name: continue
+        assert torch.equal(v, other['exact'][name]), name
+        if 'running' in name: torch.testing.assert_close(v, (one['own'][name] + other['own'][name])/2)
+        assert torch.equal(one['best'][name], other['best'][name]), name
+
+
 @pytest.mark.parametrize('when,batches', [('before', 4), ('meanwhile', 6), ('after', 6)])      # an update is two batches
 def test_one_interrupted_process_stops_them_all_in_good_order(ranks, folder, when, batches):
     codes, said = ranks(folder, f'2:stopped-{when}')

@@ -2,7 +2,9 @@
 from itertools import takewhile
 
 import torch
+import torch.distributed as dist
 from fastai.learner import Learner
+from fastai.torch_core import num_distrib
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
@@ -37,9 +39,18 @@ def average_statistics(
         for m, training in modes.items(): m.training = training
 
 
+def _average_over_processes(net):
+    "The mean of what the processes have found, each from its own photos"
+    for m in net.modules():
+        if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_mean is None: continue
+        for found in (m.running_mean, m.running_var):
+            dist.all_reduce(found)
+            found /= num_distrib()
+
+
 def exact_bn(
     model, # A trained learner, or a `ResNet` with photos
-    photos:int=10_000, # Training photos to average over, as they are augmented in training; at most one epoch
+    photos:int=10_000, # Training photos to average over, as they are augmented in training; at most one epoch. All processes together
 ) -> int: # Photos that were averaged over
     """Replace the moving averages of a trained model's batch norms by plain averages over training photos, in place.
 
@@ -48,9 +59,10 @@ def exact_bn(
     learn = model if isinstance(model, Learner) else getattr(model, 'learn', None)
     if learn is None: raise DataError("a loaded model has no training photos to average over; exact_bn needs a learner")
     photos = whole_number('photos', photos, 2)
-    rng, seen = get_rng(learn.dls.loaders), []
+    rng, seen, many = get_rng(learn.dls.loaders), [], getattr(learn, 'many_processes', None)
+    share = -(-photos//num_distrib()) if many else photos
     def inputs():
-        for x, *_ in takewhile(lambda _: sum(seen) < photos, progress_bar(learn.dls.train, leave=False)):
+        for x, *_ in takewhile(lambda _: sum(seen) < share, progress_bar(learn.dls.train, leave=False)):
             yield x
             seen.append(len(x))
     if balance := getattr(learn, 'balance', None): balance.before_fit()      # the photos that training draws
@@ -59,4 +71,6 @@ def exact_bn(
         set_rng(rng, learn.dls.loaders)
         if balance: balance.close()
     learn.trust = outdated(getattr(learn, 'trust', {}))
-    return sum(seen)
+    if not many: return sum(seen)
+    _average_over_processes(learn.model)
+    return int(many.sum(sum(seen))[0])

@@ -4,7 +4,7 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from .arguments import whole_number
-from .checkpoint import read_checkpoint
+from .checkpoint import _on_rank0, read_checkpoint
 from .files import DataError
 
 
@@ -58,15 +58,18 @@ def keeping_best(
     if restore: restore_best(learn)
 
 
+def _best(path):
+    "(weights, epoch) of a checkpoint; the first process reads it, which has written it"
+    if not path.exists(): raise DataError(f"{path} is not there: no epoch has been finished in this folder yet")
+    state = read_checkpoint(path)
+    return state['model'],state['callbacks']['history']['rows'][-1]['epoch']
+
+
 def restore_best(
     learn, # Made by `resnet_learner`; fitted with a `Checkpoint` or `BestWeights`
 ) -> int: # Its epoch
     "Go back to the weights of the best epoch"
-    if hasattr(learn, 'checkpoint'):
-        path = learn.checkpoint.folder/'best.pt'
-        if not path.exists(): raise DataError(f"{path} is not there: no epoch has been finished in this folder yet")
-        state = read_checkpoint(path)
-        weights,epoch = state['model'],state['callbacks']['history']['rows'][-1]['epoch']
+    if hasattr(learn, 'checkpoint'): weights,epoch = _on_rank0(learn, lambda: _best(learn.checkpoint.folder/'best.pt'))
     else:
         cb = getattr(learn, 'best_weights', None)
         if cb is None or cb.state is None: raise DataError("no epoch's weights were kept; pass restore_best=True to fit, or a run_folder")
