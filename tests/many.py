@@ -31,6 +31,7 @@ from resnet_fastai.engine.exact_bn import average_statistics, exact_bn  # noqa: 
 from resnet_fastai.engine.layout import DataPaths  # noqa: E402
 from resnet_fastai.engine.shared import Answers  # noqa: E402
 from resnet_fastai.engine.survey import scan_photos  # noqa: E402
+from resnet_fastai.practice.cli import main as command  # noqa: E402
 from resnet_fastai.practice.prepare import check_data  # noqa: E402
 from resnet_fastai.training import PlateauLR  # noqa: E402
 
@@ -210,6 +211,24 @@ def after_fit(paths, out, folder):
     torch.save(dict(best=best, restored=m.learn.restored, own=own.state_dict(), exact=weights(m), photos=photos, seen=sum(map(len, seen))), out)
 
 
+def shell(paths, out, folder, how):
+    "The command; the last process may die in it, or the same is done in Python"
+    kw = dict(arch='cifar_resnet8', size=32, bs=12, micro_bs=5, num_workers=0, precision='fp32')
+    if how == 'python':
+        m = ResNet(*paths, **kw, device='cpu', run_folder=folder/'python-run')
+        m.fit(2)
+        return torch.save(dict(weights=weights(m)), out)
+    words = [w for k, v in kw.items() for w in (f'--{k.replace("_", "-")}', str(v))]
+    train = ['train', *map(str, paths), '--model', str(folder/'shell'), '--epochs', '2', '--every', '1', *words]
+    if how == 'killed':
+        def die(watch):
+            if watch.batches == 5 and rank == ranks - 1: os.kill(os.getpid(), signal.SIGKILL)
+        init = ResNet.__init__
+        ResNet.__init__ = lambda *args, **kw: init(*args, **kw, cbs=Watch(die))
+    if how == 'other': train += ['--lr', '.3']
+    command(['--device', 'cpu', *(['resume', str(folder/'shell-run'), '--epochs', '3'] if how == 'resume' else train)])
+
+
 class Late(Callback):
     "Ask one process to stop while it agrees with the others, or when it has agreed already"
     order = 99
@@ -344,6 +363,7 @@ def main(what, folder):
     elif what.startswith('different'): different(paths, out, folder, what.partition('-')[2])
     elif what == 'small': model(paths, bs=3)
     elif what == 'after': after_fit(paths, out, folder)
+    elif what.startswith('shell'): shell(paths, out, folder, what.partition('-')[2])
     elif what.startswith('stopped'): stopped(paths, out, folder/f'run-{what}', what.partition('-')[2])
     if dist.is_initialized(): dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from patience import run, until
+from patience import until
 
 commands = ['demo', 'split', 'check', 'stats', 'train', 'resume', 'evaluate', 'choose', 'predict', 'calibrate', 'export', 'app']
 small = '--arch cifar_resnet8 --size 32 --bs 8 --num-workers 0'.split()
@@ -492,13 +492,6 @@ def test_class_folders(shell, tmp_path):
     refused(done, "'heap/")
     assert (tmp_path/done.err.split("'")[1]).is_file()
     assert not (tmp_path/'n-run'/'data').exists()
-
-
-def test_one_process_only(tmp_path):
-    "Several that torchrun has started would write one run over each other"
-    for args in (['train', 'd', 'l', 'e', '--model', 'm'], ['resume', 'r']):
-        done = run([sys.executable, '-c', 'from resnet_fastai.practice.cli import main; main()', *args], env=os.environ | dict(WORLD_SIZE='2'), cwd=tmp_path)
-        assert done.returncode == 1 and 'trains in one process' in done.stderr and not [*tmp_path.iterdir()], done
 
 
 # ---- predict

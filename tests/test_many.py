@@ -13,6 +13,7 @@ import torch
 
 from patience import run, until
 from ranks import left, program, quiet
+from resnet_fastai.core import ResNet
 from resnet_fastai.data import demo_data
 from resnet_fastai.engine.checkpoint import Checkpoint, share_of
 from resnet_fastai.engine.loader import PhotoDL
@@ -208,6 +209,19 @@ def test_a_process_that_was_not_there_before_draws_numbers_of_its_own():
 def test_a_process_that_fails_ends_the_job_with_its_sentence(ranks, folder):
     codes, said = ranks(folder, '2:failing')
     assert all(codes[0]) and 'no numbers' in said and 'train/' in said
+
+
+def test_the_command_trains_and_resumes(ranks, folder):
+    "As `train` in Python does; started once more, as torchrun does when a process has died, it goes on; other arguments are refused"
+    (killed, other, codes, python), said = ranks(folder, '2:shell-killed', '2:shell-other', '2:shell-train', '2:shell-python')
+    assert killed[1] == -signal.SIGKILL and other == [1, 1] and 'holds a run already' in said and codes == python == [0, 0], said
+    loaded = ResNet.load(folder/'shell', device='cpu')
+    assert loaded.history.processes.tolist() == [2, 2] and said.count('saved in ') == 1
+    for k, v in left(2, 'shell-python', folder)[0]['weights'].items(): assert torch.equal(v, loaded.net.state_dict()[k]), k
+    (codes,), said = ranks(folder, '2:shell-resume')
+    assert codes == [0, 0] and said.count('saved in ') == 1, said
+    assert pd.read_csv(folder/'shell-run'/'resumes.csv')[['before', 'processes']].values.tolist() == [[2, 2], [2, 2]]
+    assert len(ResNet.load(folder/'shell', device='cpu').history) == 3
 
 
 def test_after_training_all_have_the_same_network(ranks, folder):

@@ -335,6 +335,7 @@ def _refuse_taken(model, run):
 
 def _save(net, model):
     "Put a model in its place, the first one all at once"
+    if _rank(): return                                        # of several processes, one writes
     if model.exists() and any(model.iterdir()): return net.save(model, overwrite=True)
     net.save(part := model.with_name(f'.{model.name}.part'), overwrite=True)
     if model.exists(): model.rmdir()                          # Windows replaces no folder
@@ -363,13 +364,6 @@ def _read_args(run):
     args = {k: known[k] for k in _newer} | read_json_object(run/'args.json')
     if odd := {*known} ^ {*args}: raise DataError(f"{run/'args.json'} is not as `train` wrote it: {', '.join(sorted(odd))}")
     return args
-
-
-def _alone():
-    from resnet_fastai.engine.files import DataError
-    if os.environ.get('WORLD_SIZE', '1') != '1':
-        raise DataError('this command trains in one process; for several, let torchrun start a Python script that calls train(…), '
-                        'as the guide "Several GPUs" shows')
 
 
 def _ready(args, run):
@@ -476,38 +470,64 @@ def _train(
     as_json: Json = False,
 ):
     """Train on your photos and save the model. What stops it is no loss: `resume` goes on.
+    On eight GPUs: torchrun --nproc-per-node 8 -m resnet_fastai train … (the same once more goes on with the run).
 
     Example: resnet-fastai train photos labels.json encoding.json --model flowers --epochs 90"""
     if folders != (label_encoding is None) or folders != (label_path is None):
         raise typer.BadParameter('name DATA_PATH, LABEL_PATH and LABEL_ENCODING; or DATA_PATH and --folders')
     with answering(as_json, log=True) as answer:
         run = run or model.with_name(f'{model.name}-run')
-        args = _kept(ctx.params)
-        _fit(_begin(args, run, model, folders), args, run, answer)
+        net, args = _begin(_kept(ctx.params), run, model, folders)
+        _fit(net, args, run, answer)
 
 
 def _begin(args, run, model, folders):
-    "A `ResNet` with a run's folder, or nothing at all"
+    "A `ResNet` with a run's folder and its arguments, or nothing at all; of several processes the first one makes the folder"
+    from resnet_fastai.engine.files import write_json
+    from resnet_fastai.engine.shared import on_rank0
+    args, new = on_rank0(lambda: _make_run(args, run, model, folders))
+    try:
+        net = _ready(args, run)
+        precision = net.learn.spec.get('precision', 'fp32')                       # also where the run moves to
+        if new and not _rank(): write_json(run/'args.json', args | dict(precision=precision))
+    except BaseException:
+        if new and not _rank(): _unmake(run)
+        raise
+    return net, args
+
+
+def _make_run(args, run, model, folders):
+    "(its arguments, is it new?)"
     from resnet_fastai.data import from_folders
     from resnet_fastai.engine.files import DataError, write_json
-    _alone()
     _refuse_taken(model, run)
     if (run/'args.json').exists():
+        if _several() and _same_run(args, known := _read_args(run)): return known, False       # torchrun starts it once more
         raise DataError(f'{run} holds a run already; go on with: resnet-fastai resume {shlex.quote(str(run))}, or name a new folder with '
                         '--run')
     if run.exists() and (not run.is_dir() or any(run.iterdir())): raise DataError(f'{run} is no empty folder; name a new one with --run')
     try:
-        if folders: args.update(_kept(from_folders(args['data_path'], run/'data')._asdict()))
+        if folders: args = args | _kept(from_folders(args['data_path'], run/'data')._asdict())
         run.mkdir(parents=True, exist_ok=True)
         write_json(run/'args.json', args)                                         # from here on a run that was killed can be resumed
-        net = _ready(args, run)
-        write_json(run/'args.json', args | dict(precision=net.learn.spec.get('precision', 'fp32')))      # also where the run moves to
     except BaseException:
-        shutil.rmtree(run/'data', ignore_errors=True)                            # links, of our own
-        (run/'args.json').unlink(missing_ok=True)
-        with suppress(OSError): run.rmdir()
+        _unmake(run)
         raise
-    return net
+    return args, True
+
+
+def _several(): return os.environ.get('WORLD_SIZE', '1') != '1'
+
+
+def _same_run(args, known):
+    "Does a command ask for what the run in its folder is? Its precision was chosen then, and class folders became links"
+    return all(known[k] == v for k,v in args.items() if k != 'precision' and not (k in _paths[:3] and args['label_path'] is None))
+
+
+def _unmake(run):
+    shutil.rmtree(run/'data', ignore_errors=True)                                # links, of our own
+    (run/'args.json').unlink(missing_ok=True)
+    with suppress(OSError): run.rmdir()
 
 
 @app.command(short_help='go on with a run that was stopped, or train on')
@@ -522,14 +542,13 @@ def resume(
 
     Example: resnet-fastai resume flowers-run"""
     with answering(as_json, log=True) as answer:
-        _alone()
         from resnet_fastai.engine.files import write_json
         args = _read_args(run)
         args |= {k: v for k,v in _kept(dict(epochs=epochs, model=model)).items() if v is not None}
         _refuse_taken(Path(args['model']), run)
         net = _ready(args, run)
         net.learn.checkpoint.find()                           # or its error, and nothing has been changed
-        write_json(run/'args.json', args)
+        if not _rank(): write_json(run/'args.json', args)
         _fit(net, args, run, answer)
 
 @app.command('pack', short_help='a folder of photos as a few large tar files, to train from')
