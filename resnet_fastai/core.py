@@ -24,7 +24,7 @@ from fastcore.meta import delegates
 from . import inference
 from .data import resnet_dls
 from .engine import fine_tuning
-from .engine.arguments import whole_number
+from .engine.arguments import how_many, whole_number
 from .engine.calibration import check_min_prob, tempered
 from .engine.device import as_device
 from .engine.distributed import distribute
@@ -191,9 +191,7 @@ def predict_n(self:ResNet,
     **kwargs, # For `predict`
 ) -> list: # [(label, probability)], likeliest first, [] if not sure; for several photos a list each
     "The n most likely labels of a photo"
-    known = len(self.labels)
-    n = min(5, known) if n is None else n
-    n = whole_number('n', n, 1, known, f'this model knows {known} labels: ')
+    n = how_many(n, len(self.labels))
     least = check_min_prob((self.min_prob or 0) if min_prob is None else min_prob)
     probs = self.predict(image, **kwargs)
     best = [top_labels(p, self.labels, n) for p in np.atleast_2d(probs)]

@@ -118,6 +118,13 @@ def test_large_photos_are_written_upright_and_the_rest_is_linked(large, tmp_path
     assert "1 that cannot be read linked as they are (first: 'train/broken.jpg'" in capsys.readouterr().out
 
 
+def test_links_that_lead_nowhere_stay_what_they_are(large, tmp_path, capsys):
+    (large/'train'/'gone.jpg').symlink_to(tmp_path/'nowhere.jpg')
+    for _ in range(2):
+        small = shrink_photos(large, tmp_path/'small', num_workers=0)
+        assert (small/'train'/'gone.jpg').is_symlink() and "1 that cannot be read linked as they are (first: 'train/gone.jpg' leads nowhere" in capsys.readouterr().out
+
+
 def test_a_changed_photo_is_shrunk_anew(large, tmp_path):
     small = shrink_photos(large, tmp_path/'small', num_workers=0)
     first = list_photos(large)[0]

@@ -22,12 +22,20 @@ def whole_number(
     value, # What was passed; NumPy's whole numbers count
     low:int=1, # The smallest
     high:int|None=None, # The largest
-    known:str='', # Why there is a largest one, for the message
+    why:str='', # What the message says before the limits
 ) -> int: # The value
     "The value, if it is a whole number in these limits; a `DataError` otherwise"
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= (value if high is None else high): return int(value)
     limits = f'{low} or more' if high is None else f'from {low} to {high:,}'
-    raise DataError(f"{name} is {value!r:.80}; {known}it must be a whole number, {limits}")
+    raise DataError(f"{name} is {value!r:.80}; {why}it must be a whole number, {limits}")
+
+
+def how_many(
+    n:int|None, # Labels that are asked for; None: five, or all where there are fewer
+    known:int, # Labels that a model knows
+) -> int:
+    "Labels for each photo; a `DataError` where there are not so many"
+    return min(5, known) if n is None else whole_number('n', n, 1, known, f'this model knows {known} labels: ')
 
 
 def also_takes(

@@ -417,8 +417,8 @@ class Checkpoint(Callback):
         monitor:str='valid_loss', # What makes the best one: a column of the history; smaller is better
     ):
         if not isinstance(folder, (str, os.PathLike)): raise DataError(f"the folder of a run is {folder!r:.80}; name it: 'runs/flowers'")
-        if every != 'epoch': every = whole_number('every', every, known="if not 'epoch' ")
-        if keep is not None: keep = whole_number('keep', keep, known='if not None ')
+        if every != 'epoch': every = whole_number('every', every, why="if not 'epoch' ")
+        if keep is not None: keep = whole_number('keep', keep, why='if not None ')
         self.folder,self.every,self.keep,self.monitor = Path(folder),every,keep,monitor
         self.best,self.batches,self.updates,self.mine,self.state = float('inf'),0,0,False,None
         self.identity = self.last = None                    # what makes the run; the newest file that we know of

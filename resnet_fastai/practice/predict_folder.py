@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from fastprogress.fastprogress import progress_bar
 
-from ..engine.arguments import whole_number
+from ..engine.arguments import how_many
 from ..engine.calibration import check_min_prob, tempered
 from ..engine.fast_net import _bare, weights_hash
 from ..engine.fetch import resolve_data
@@ -184,7 +184,7 @@ def predict_folder(
     parts = model_parts(model)
     protocol = protocol or parts.protocol
     split_protocol(protocol, parts.size)                                       # or its error
-    n = _how_many(n, len(parts.labels))
+    n = how_many(n, len(parts.labels))
     if isinstance(model, Learner) or hasattr(model, 'trained'): require_trained(model)
     min_prob = parts.min_prob if min_prob is None else check_min_prob(min_prob)
     photos,name,folder = _named_photos(photos)
@@ -196,11 +196,6 @@ def predict_folder(
     todo = _left(photos, name, rows.ids() if rows else Counter())
     some = _work(parts, photos, todo, name, shown, how, rows) if todo else []
     return _table(some, *shown) if rows is None else _finished(rows, dest, *shown)
-
-
-def _how_many(n, known):
-    "Labels for each photo"
-    return min(5, known) if n is None else whole_number('n', n, 1, known, f'this model knows {known} labels: ')
 
 
 def _finished(rows, dest, n, min_prob):

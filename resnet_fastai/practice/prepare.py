@@ -119,7 +119,9 @@ def check_shrinking(
 
 def _shrink(path, root, dest, side, quality):
     "What became of one photo: 'shrunk', 'linked' or 'kept' (from an earlier call), or why it cannot be read"
-    out, was = dest/path.relative_to(root), path.stat()
+    out = dest/path.relative_to(root)
+    if not path.exists(): return _linked(path, out, f'{str(path)!r} leads nowhere')
+    was = path.stat()
     if out.exists() and out.stat().st_mtime_ns == was.st_mtime_ns: return 'kept'
     try:
         if (data := shrunk(path, side, quality)) is not None:
@@ -128,8 +130,11 @@ def _shrink(path, root, dest, side, quality):
                 part.write_bytes(data)
                 os.utime(part, ns=(was.st_mtime_ns, was.st_mtime_ns))
             return 'shrunk'
-    except PhotoError as e: said = str(e)
-    else: said = 'linked'
+    except PhotoError as e: return _linked(path, out, str(e))
+    return _linked(path, out, 'linked')
+
+
+def _linked(path, out, said):
     out.unlink(missing_ok=True)
     link_photo(path, out)
     return said
