@@ -46,7 +46,7 @@ def test_what_is_cut_short_is_refused():
 def test_the_limit_of_pixels_holds(monkeypatch):
     data = heic(drawn())
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 96*64//2 - 1)
-    with pytest.raises(PhotoError, match='too large to be a photo'): open_photo(data)
+    with pytest.raises(PhotoError, match='these bytes are too large to be a photo'): open_photo(data)
 
 
 def test_a_folder_of_them_is_checked_and_trained_on(tmp_path):

@@ -36,8 +36,8 @@ class Photo:
     def __init__(self,
         image:str|Path|bytes|Image.Image|np.ndarray, # A file, its http(s) URL, its bytes, a PIL image, or an array (H,W,3) of uint8, RGB
     ):
-        self.name, self.data, self._img = f'this {type(image).__name__}', None, None
-        if isinstance(image, (bytes, bytearray, memoryview)): self.name = 'these bytes'
+        self.name, self.verb, self.data, self._img = f'this {type(image).__name__}', 'is', None, None
+        if isinstance(image, (bytes, bytearray, memoryview)): self.name, self.verb = 'these bytes', 'are'
         if isinstance(image, (str, Path)): self.name = repr(shown_url(str(image)) if '://' in str(image) else str(image))
         if isinstance(image, Image.Image): self._img = image
         elif isinstance(image, np.ndarray): self._img = self._of_array(image)
@@ -60,8 +60,8 @@ class Photo:
         except DataError: raise                                       # also of shards: what is wrong there is no photo's fault
         except FileNotFoundError: raise PhotoError(f"{self.name} does not exist") from None
         except Image.DecompressionBombError as e:
-            raise PhotoError(f"{self.name} is too large to be a photo: {e} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it, in the "
-                             "shell --max-pixels.") from None
+            raise PhotoError(f"{self.name} {self.verb} too large to be a photo: {e} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it, "
+                             "in the shell --max-pixels.") from None
         except Exception as e: raise PhotoError(f"{self.name} cannot be read as a photo: {_reason(e, self.data)}") from None
 
     def _read(self, path):
@@ -96,7 +96,7 @@ class Photo:
             self._img = _header(self.data)
             if self._img.format == 'TIFF': self._img.load()               # Pillow turns these by itself, as it loads them
         w,h = self._img.size
-        if not 0 < max(w, h) <= 300*min(w, h): raise PhotoError(f"{self.name} is {w:,}×{h:,} pixels: a strip, not a photo")
+        if not 0 < max(w, h) <= 300*min(w, h): raise PhotoError(f"{self.name} {self.verb} {w:,}×{h:,} pixels: a strip, not a photo")
         return self._img
 
     @property
@@ -112,8 +112,8 @@ class Photo:
         try: rgb = decode_jpeg(self.data, 'RGB', min_height=-(-h//f), min_width=-(-w//f), min_factor=f)
         except ValueError as e:
             if str(e).startswith('Premature end of JPEG'):
-                raise PhotoError(f"{self.name} is cut short: a JPEG without its end; fetch it again") from None
-            if 'remature' in str(e): raise PhotoError(f"{self.name} is damaged: a part of its picture is missing") from None
+                raise PhotoError(f"{self.name} {self.verb} cut short: a JPEG without its end; fetch it again") from None
+            if 'remature' in str(e): raise PhotoError(f"{self.name} {self.verb} damaged: a part of its picture is missing") from None
             return None
         return _upright(torch.from_numpy(rgb).permute(2,0,1), _turned(self._open()))
 
@@ -140,7 +140,7 @@ class Photo:
             try: return _to_rgb(ImageOps.exif_transpose(img)), 1
             except OSError as e:
                 if img.format in ('JPEG', 'MPO') and 'truncated' in str(e).lower():
-                    raise PhotoError(f"{self.name} is cut short: a JPEG without its end; fetch it again") from None
+                    raise PhotoError(f"{self.name} {self.verb} cut short: a JPEG without its end; fetch it again") from None
                 raise
 
     def show(self, ctx=None, **kwargs): return show_image(open_photo(self), ctx=ctx, **kwargs)
